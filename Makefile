@@ -1,0 +1,55 @@
+# make venv: the environment. make demo: logs in, a critic trained, an answer in SQL. make test, lint, bench, clean.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+# The CPU build of torch where there is no GPU: 0.2 GB rather than 3. Empty: the build of your package index.
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Small matrix products that contend for the cores are many times slower: one thread a process.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: help venv demo test lint bench clean
+
+help:
+	@head -n 1 Makefile
+
+venv: $(INSTALLED)
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else f"Python 3.11 or newer is needed, and $(PYTHON) is {sys.version.split()[0]}: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone, so that its index serves nothing else.
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -c constraints.txt torch $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	rm -rf demo
+	$(BIN)/python -m offline_lm.ingest source=jsonl path=datasets/shop store=demo/store
+	$(BIN)/python -m offline_lm.fit algo=iql_lm data.store=demo/store
+	$(BIN)/python -m offline_lm.query analysis/decisive_steps.sql run=latest store=demo/store
+
+test: $(INSTALLED)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+bench: $(INSTALLED)
+	for script in analysis/benchmarks/*.py; do $(BIN)/python "$$script" json=true; done
+
+clean:
+	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find offline_lm tests analysis -name __pycache__ -prune -exec rm -rf {} +

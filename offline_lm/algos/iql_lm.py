@@ -1,0 +1,41 @@
+"""Implicit Q-learning at the level of turns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offline_lm.losses.returns import next_values
+from offline_lm.losses.td import ensemble_min, td_target
+from offline_lm.models.heads import Heads
+from offline_lm.types import Batch
+
+
+@dataclass(frozen=True)
+class IQL:
+    """Kostrikov et al. 2021: V is an expectile of Q over logged actions, Q bootstraps from V; no action is invented.
+
+    V: L2^tau(min_i Q̄_i(s, a) - V(s)) (eq. 5). Q_i: (Q_i(s, a) - r - gamma * continue * V̄(s'))² (eq. 6).
+
+    Args:
+        gamma: discount per turn.
+        tau: expectile; 0.5 is the behaviour's value, towards 1 the best logged action's.
+        polyak: rate at which the target follows the online parameters, per update.
+    """
+
+    gamma: float
+    tau: float
+    polyak: float
+
+    def loss(self, critic: Heads, target: Heads, batch: Batch) -> dict[str, Tensor]:
+        with torch.no_grad():
+            q_bar = ensemble_min(target.q_values(batch.target_actions))
+            v_next = next_values(target.values(batch.target_states), batch.offsets)
+            y = td_target(batch.reward, batch.continues, v_next, gamma=self.gamma)
+        known = batch.acted & batch.bootstrap_mask
+        return {
+            "v": critic.v.expectile(critic.v(batch.states), q_bar, self.tau, known),
+            "q": critic.q.regress(critic.q(batch.actions), y, known),
+        }

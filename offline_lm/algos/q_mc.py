@@ -1,0 +1,30 @@
+"""Regression of Q on Monte Carlo returns: the baseline to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from offline_lm.models.heads import Heads
+from offline_lm.types import Batch
+
+
+@dataclass(frozen=True)
+class QMC:
+    """Q_i: (Q_i(s_t, a_t) - G_t)², and V: (V(s_t) - G_t)² on the same returns, so that advantages can be read.
+
+    Args:
+        gamma: discount per turn.
+        polyak: not used by the loss; kept so that the target's values follow and can be monitored.
+    """
+
+    gamma: float
+    polyak: float
+
+    def loss(self, critic: Heads, target: Heads, batch: Batch) -> dict[str, Tensor]:
+        known = batch.acted & batch.return_mask
+        return {
+            "v": critic.v.regress(critic.v(batch.states), batch.returns, known),
+            "q": critic.q.regress(critic.q(batch.actions), batch.returns, known),
+        }

@@ -1,0 +1,413 @@
+"""``python -m offline_lm.fit``: train a critic from replay, score every step, write the values back.
+
+The order of work is the order of this file: select, prepare (represent, tokenise), train, score, judge, commit.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import torch
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from offline_lm import cli
+from offline_lm.algos.q_mc import QMC
+from offline_lm.batches import render
+from offline_lm.batches import replay as replays
+from offline_lm.batches.replay import Replay
+from offline_lm.batches.tokens import Tokens, tokenize
+from offline_lm.errors import UserError
+from offline_lm.losses.returns import td_residuals
+from offline_lm.models import backbone, features, represent
+from offline_lm.models.batching import CachedBatches, EncodedBatches
+from offline_lm.models.critic import Critic
+from offline_lm.models.features import Features
+from offline_lm.models.heads import Heads, polyak, target_of
+from offline_lm.ope.diagnostics import Estimates, judge, position_only, verdict
+from offline_lm.run import Run
+from offline_lm.store import Store
+from offline_lm.types import Batch
+
+Array = np.ndarray
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run("fit", fit, argv)
+
+
+def fit(cfg: DictConfig) -> dict[str, Any]:
+    algo = cli.instantiate(cfg.algo)
+    name = type(algo).__module__.rsplit(".", 1)[-1]
+    device = _checked(cfg)
+    store = Store.open(cfg.data.store)
+    with store.connect() as db:
+        replay = replays.select(
+            db, where=cfg.data.where, gamma=algo.gamma, truncated=cfg.data.truncated, held_out=cfg.data.held_out, seed=cfg.seed
+        )
+        low, high = _return_range(replay)
+        _say_selected(replay)
+        run = Run.start(store, cfg, name)
+        try:
+            model, tokenizer, tokens = prepare(cfg, store, db, replay, run, device)
+            torch.manual_seed(cfg.seed)
+            heads = Heads(model.config.hidden_size, **cfg.model.heads, low=low, high=high).to(device)
+            if cfg.model.train == "full":
+                target_model = target_of(model)
+                make: MakeBatch = EncodedBatches(model, target_model, replay, tokens, device)
+                steps, whole = train(algo, heads, make, replay, cfg.optim, cfg.seed, run, (model, target_model))
+                feats = compute_features(cfg, store, model, tokens)
+            else:
+                feats = compute_features(cfg, store, model, tokens)
+                make = CachedBatches(feats, replay, tokens, device)
+                steps, whole = train(algo, heads, make, replay, cfg.optim, cfg.seed, run)
+            settings = {"max_tokens": cfg.data.max_tokens, "history": cfg.data.history, "dtype": cfg.model.dtype, "has_q": has_q(algo)}
+            kept_outside = cfg.model.path is not None and cfg.model.train == "heads" and not cfg.model.stage.tokens
+            critic = Critic(model, tokenizer, heads, settings)
+            critic.save(run.folder, backbone_path=cfg.model.path if kept_outside else None)
+
+            estimates = {name: estimate(heads, feats, device, has_q(algo))}
+            if cfg.baselines:
+                estimates |= train_baselines(cfg, algo.gamma, feats, replay, tokens, device, name, run)
+            commit(store, db, run, cfg, replay, tokens, heads, feats, estimates[name], algo.gamma)
+            table = compare(store, run, replay, tokens, estimates)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            metrics = {**table[name], "peak_memory_gb": peak}
+            run.finish("finished" if whole else "interrupted", steps, metrics)
+        except BaseException:
+            run.finish("failed", 0, {})
+            raise
+    _say_compared(table, name, replay)
+    _say_next(cfg, run)
+    seconds = round(run.seconds, 1)
+    print(f"{run.run_id}: {'finished' if whole else 'interrupted, but usable'} in {seconds} s, peak memory {peak:.2f} GB")
+    return {"run_id": run.run_id, "steps": steps, "seconds": seconds, "metrics": metrics, "baselines": table}
+
+
+MakeBatch = Callable[[Array], Batch]
+
+
+def train(
+    algo: Any, heads: Heads, make: MakeBatch, replay: Replay, optim: DictConfig, seed: int, run: Run,
+    backbones: tuple[Any, Any] | None = None, prefix: str = "",
+) -> tuple[int, bool]:  # fmt: skip
+    """The training loop: `optim.steps` updates of heads, and of the backbone where one is given with its target.
+
+    Ctrl-C ends it after the update under way.
+
+    Returns:
+        Updates done, and whether that is all of them.
+
+    Raises:
+        FloatingPointError: a loss or gradient is not finite; nothing was spread to the parameters.
+    """
+    pairs = [(target_of(heads), heads)] + ([(backbones[1], backbones[0])] if backbones else [])
+    target = pairs[0][0]
+    parameters = [p for _, online in pairs for p in online.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
+    for _, online in pairs:
+        online.train()
+    batches = replays.episode_batches(replay, optim.batch_size, seed)
+    bar = tqdm(range(1, optim.steps + 1), f"{prefix}train", unit="update")
+    step = 0
+    try:
+        for step in bar:
+            optimizer.param_groups[0]["lr"] = optim.lr * min(1.0, step / max(optim.warmup, 1), 1.05 - step / optim.steps)
+            losses = algo.loss(heads, target, make(next(batches)))
+            total = torch.stack(list(losses.values())).sum()
+            if not total.isfinite():
+                raise FloatingPointError(f"update {step}: the loss is {total.item()}; lower optim.lr, or look for huge rewards")
+            optimizer.zero_grad()
+            total.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, optim.clip, error_if_nonfinite=True)
+            optimizer.step()
+            for slow, online in pairs:
+                polyak(slow, online, algo.polyak)
+            if step % optim.log_every == 0 or step == optim.steps:
+                logged = {f"loss/{k}": v.item() for k, v in losses.items()} | {"grad_norm": norm.item()}
+                run.log(step, logged, prefix)
+                bar.set_postfix({k: f"{v.item():.4f}" for k, v in losses.items()})
+            if step % optim.checkpoint_every == 0:
+                run.checkpoint(heads, backbones[0] if backbones else None)
+    except KeyboardInterrupt:
+        print(f"interrupted after {step} of {optim.steps} updates: scoring what was learnt (Ctrl-C again gives up)")
+        return step, False
+    finally:
+        bar.close()
+        for _, online in pairs:
+            online.eval()
+    return step, True
+
+
+def prepare(
+    cfg: DictConfig, store: Store, db: duckdb.DuckDBPyConnection, replay: Replay, run: Run, device: torch.device
+) -> tuple[Any, Any, Tokens]:
+    """Backbone, tokenizer and tokens; a represented backbone is kept in the store's cache for other runs and algorithms."""
+    model_cfg = cli.plain(cfg.model)
+    data = [cfg.data.where, cfg.data.history, cfg.data.max_tokens, render.VERSION, _snapshot(store)]
+    built = {k: v for k, v in model_cfg.items() if k not in ("heads", "train")}
+    folder = store.cache_dir / "backbones" / features.key(built, data, cfg.data.held_out, cfg.seed)
+    if cfg.model.path is not None and not cfg.model.stage.tokens:
+        model, tokenizer = backbone.load(cfg.model.path, cfg.model.dtype)
+    elif (folder / "done").exists():
+        model, tokenizer = backbone.load(str(folder), cfg.model.dtype)
+    else:
+        if cfg.model.path is not None:
+            model, tokenizer = backbone.load(cfg.model.path, cfg.model.dtype)
+        else:
+            model, tokenizer = backbone.tiny(
+                _training_texts(db, cfg.data.where, replay), vocab_size=cfg.model.vocab_size, width=cfg.model.width,
+                layers=cfg.model.layers, heads=cfg.model.attention_heads, seed=cfg.seed,
+            )  # fmt: skip
+        tokens = tokenized(cfg, store, db, tokenizer)
+        represent_stage(cfg, model.to(device), tokens, replay, run)
+        backbone.save(model, tokenizer, folder)
+        (folder / "done").touch()
+        model, tokenizer = backbone.load(str(folder), cfg.model.dtype)
+    return model.to(device), tokenizer, tokenized(cfg, store, db, tokenizer)
+
+
+def tokenized(cfg: DictConfig, store: Store, db: duckdb.DuckDBPyConnection, tokenizer: Any) -> Tokens:
+    """The selected steps' tokens, from the store's cache if this tokenizer has seen them."""
+    folder = store.cache_dir / "tokens" / tokens_key(cfg, store, tokenizer)
+    if not (folder / "meta.json").exists():
+        rows = tqdm(replays.steps(db, cfg.data.where), "tokens", unit="step")
+        tokenize(rows, tokenizer, max_tokens=cfg.data.max_tokens, history=cfg.data.history).save(folder)
+    tokens = Tokens.load(folder)
+    cuts = tokens.cuts
+    if cuts.pages or cuts.histories or cuts.too_long:
+        print(
+            f"data.max_tokens={cfg.data.max_tokens}: {cuts.pages} of {len(tokens)} pages cut in the middle ({cuts.page_tokens} tokens),"
+            f" {cuts.histories} histories shortened, {cuts.too_long} steps too long to use"
+        )
+    return tokens
+
+
+def tokens_key(cfg: DictConfig, store: Store, tokenizer: Any) -> str:
+    vocabulary = tokenizer.backend_tokenizer.to_str()
+    return features.key(vocabulary, tokenizer.chat_template, cfg.data.where, cfg.data.history, cfg.data.max_tokens, render.VERSION, _snapshot(store))  # fmt: skip
+
+
+def represent_stage(cfg: DictConfig, model: Any, tokens: Tokens, replay: Replay, run: Run) -> None:
+    """Train the backbone on its questions about the logs (see `represent`); no reward is used."""
+    stage = cfg.model.stage
+    if not stage.tokens:
+        return
+    weights = represent.Weights(stage.next_token, stage.effect, stage.action_swap, stage.goal_swap)
+    drawn = represent.draw(tokens, replay, weights, token_budget=stage.batch_tokens, seed=cfg.seed)
+    seen = 0
+    with tqdm(total=stage.tokens, desc="represent", unit="token", unit_scale=True) as bar:
+
+        def on_step(new: int, parts: dict[str, float]) -> None:
+            nonlocal seen
+            seen += new
+            bar.update(new)
+            bar.set_postfix({k: f"{v:.3f}" for k, v in parts.items()}, refresh=False)
+            run.log(seen, parts, "stage/")
+
+        represent.train(model, drawn, weights, tokens=stage.tokens, lr=stage.lr, seed=cfg.seed, on_step=on_step)
+
+
+def compute_features(cfg: DictConfig, store: Store, model: Any, tokens: Tokens) -> Features:
+    """Readouts of every state and response, from the cache if these weights have read these tokens."""
+    folder = store.cache_dir / "features" / features.key(features.fingerprint(model), tokens.fingerprint())
+    return features.compute(model, tokens, folder, progress=lambda rows: tqdm(rows, "features", unit="row"))
+
+
+def train_baselines(
+    cfg: DictConfig, gamma: float, feats: Features, replay: Replay, tokens: Tokens, device: torch.device, name: str, run: Run
+) -> dict[str, Estimates]:
+    """What every critic is held against: `q_mc` on the same features, the step's position alone, and a constant."""
+    out = {}
+    if name != "q_mc":
+        torch.manual_seed(cfg.seed)
+        low, high = _return_range(replay)
+        heads = Heads(feats.v.shape[1], **cfg.model.heads, low=low, high=high).to(device)
+        make = CachedBatches(feats, replay, tokens, device)
+        train(QMC(gamma=gamma, polyak=0.01), heads, make, replay, cfg.optim, cfg.seed, run, prefix="q_mc/")
+        out["q_mc"] = estimate(heads, feats, device, True)
+    mean = np.nanmean(np.where(replay.held_out_rows, np.nan, replay.returns))
+    return out | {"position_only": Estimates(position_only(replay), None), "constant": Estimates(np.full(len(replay), mean), None)}
+
+
+@torch.no_grad()
+def estimate(heads: Heads, feats: Features, device: torch.device, with_q: bool) -> Estimates:
+    """V of every row, and the least of the ensemble's Q of every response."""
+    v = np.concatenate([heads.values(x).cpu().numpy() for x in _slices(feats.v, device)])
+    q = [heads.q_values(x).amin(0).cpu().numpy() for x in _slices(feats.q, device)] if with_q else None
+    return Estimates(v.astype(np.float64), None if q is None else np.concatenate([np.zeros(0), *q]))
+
+
+def has_q(algo: Any) -> bool:
+    """Whether the algorithm trains Q: every one but those that say that they are a critic of states alone."""
+    return getattr(algo, "trains_q", True)
+
+
+def _slices(x: Array, device: torch.device, size: int = 65_536) -> Iterator[torch.Tensor]:
+    for i in range(0, len(x), size):
+        yield torch.from_numpy(np.array(x[i : i + size])).to(device)
+
+
+@torch.no_grad()
+def commit(
+    store: Store, db: duckdb.DuckDBPyConnection, run: Run, cfg: DictConfig, replay: Replay, tokens: Tokens, heads: Heads,
+    feats: Features, estimates: Estimates, gamma: float,
+) -> None:  # fmt: skip
+    """Write `values` (a row a step) and `candidate_values` (a row a candidate) of the run."""
+    n = len(replay)
+    usable = np.asarray(tokens.usable)
+    v = np.where(usable, estimates.v, np.nan)
+    next_v = np.where(replay.steps_to_end > 0, np.roll(v, -1), np.nan)
+    rewards, continues = torch.from_numpy(replay.reward), torch.from_numpy((~replay.terminated).astype(float))
+    td = td_residuals(rewards, continues, torch.from_numpy(v), torch.from_numpy(next_v), gamma=gamma).numpy()
+    td = np.where(replay.acted & replay.bootstraps, td, np.nan)
+    q = np.full(n, np.nan)
+    ensemble: Array | None = None
+    if estimates.q is not None:
+        acted = np.asarray(tokens.acted)
+        logged = tokens.branch_ptr[:-1][acted]
+        q[acted] = estimates.q[logged]
+        device = next(heads.parameters()).device
+        ensemble = np.full((n, heads.q.k), np.nan)
+        parts = [heads.q_values(x).T.cpu().numpy() for x in _slices(np.asarray(feats.q)[logged], device)]
+        ensemble[acted] = np.concatenate(parts) if parts else np.zeros((0, heads.q.k))
+    ids = pa.array(replay.episode_ids).take(pa.array(replay.episode_of))
+    columns = {
+        "run_id": pa.array([run.run_id] * n),
+        "episode_id": ids,
+        "step": replay.step,
+        "split": np.where(replay.held_out_rows, "held_out", "train"),
+        "v": _nullable(v),
+        "q": _nullable(q),
+        "q_ensemble": pa.nulls(n) if ensemble is None else _lists(ensemble),
+        "advantage": _nullable(td if estimates.q is None else q - v),
+        "td_error": _nullable(td),
+        "return": _nullable(replay.returns),
+        "return_mask": ~np.isnan(replay.returns),
+        "bootstrap_mask": replay.bootstraps,
+    }
+    store.append("values", pa.table(columns))
+    if estimates.q is None or not len(tokens.candidate_branch):
+        return
+    counts = np.diff(tokens.candidate_ptr)
+    rows = np.repeat(np.arange(n), counts)
+    scored = pa.table({
+        "episode_id": ids.take(pa.array(rows)),
+        "step": replay.step[rows],
+        "candidate": np.arange(len(rows)) - np.repeat(tokens.candidate_ptr[:-1], counts),
+        "q": estimates.q[tokens.candidate_branch],
+        "executed": tokens.acted[rows] & (tokens.candidate_branch == tokens.branch_ptr[rows]),
+    })  # fmt: skip
+    db.register("scored", scored)
+    named = db.sql("""
+        SELECT $run AS run_id, s.episode_id, s.step, c.candidate, s.candidates[c.candidate + 1].action AS action, c.q, c.executed
+        FROM scored AS c JOIN steps AS s USING (episode_id, step) ORDER BY s.episode_id, s.step, c.candidate
+    """, params={"run": run.run_id})  # fmt: skip
+    store.append("candidate_values", named.to_arrow_table())
+
+
+def _nullable(x: Array) -> pa.Array:
+    return pa.array(x, from_pandas=True)  # NaN is "unknown": null in SQL
+
+
+def _lists(x: Array) -> pa.Array:
+    known = ~np.isnan(x).any(axis=1)
+    return pa.array([row if ok else None for row, ok in zip(x, known, strict=True)], pa.list_(pa.float64()))
+
+
+def compare(store: Store, run: Run, replay: Replay, tokens: Tokens, estimates: dict[str, Estimates]) -> dict[str, dict[str, float]]:
+    """Judge every estimate on both sides of the split; the rows go to `diagnostics`, the held-out ones are returned."""
+    rows, table = [], {}
+    sides = {"train": ~replay.held_out_rows, "held_out": replay.held_out_rows}
+    for split, mask in sides.items():
+        if not mask.any():
+            continue
+        for name, estimate_ in estimates.items():
+            table[name] = judge(estimate_, replay, tokens, mask)
+            rows += [
+                {"run_id": run.run_id, "suite": "fit", "split": split, "group": name, "name": k, "value": None if np.isnan(v) else v, "n": int(mask.sum())}
+                for k, v in table[name].items()
+            ]  # fmt: skip
+    store.append("diagnostics", rows)
+    return table
+
+
+def _snapshot(store: Store) -> dict[str, int]:
+    versions = store.versions()
+    return {table: versions.get(table, 0) for table in ("episodes", "steps")}
+
+
+def _training_texts(db: duckdb.DuckDBPyConnection, where: str, replay: Replay) -> Iterator[str]:
+    """Texts of the training side, for the tokenizer: at most 50,000 steps."""
+    kept = 0
+    for held_out, row in zip(replay.held_out_rows, replays.steps(db, where), strict=True):
+        if held_out:
+            continue
+        yield render.goal_text(row["goal"], row["start_url"])
+        yield render.page_text(row)
+        yield from (c["action"] for c in row["candidates"] or ())
+        if row["response"] or row["action"]:
+            yield row["response"] or row["action"]
+        kept += 1
+        if kept == 50_000:
+            return
+
+
+def _return_range(replay: Replay) -> tuple[float, float]:
+    known = replay.returns[~np.isnan(replay.returns) & ~replay.held_out_rows]
+    if not len(known):
+        raise UserError("no selected step has a known return: these logs carry no reward, outcome or success to learn from")
+    return float(min(known.min(), 0.0)), float(max(known.max(), 0.0))
+
+
+def _checked(cfg: DictConfig) -> torch.device:
+    if cfg.model.train not in ("heads", "full"):
+        raise UserError(f"model.train={cfg.model.train}: heads or full")
+    if cfg.data.truncated not in ("outcome", "unknown"):
+        raise UserError(f"data.truncated={cfg.data.truncated}: outcome or unknown")
+    if not 0 <= cfg.data.held_out < 1:
+        raise UserError(f"data.held_out={cfg.data.held_out}: a share of tasks from 0 to below 1")
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    if cfg.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(cfg.device)
+
+
+def _say_selected(replay: Replay) -> None:
+    tasks, held = len(set(replay.tasks)), len({t for t, h in zip(replay.tasks, replay.held_out, strict=True) if h})
+    won = np.nanmean(replay.success) if not np.isnan(replay.success).all() else float("nan")
+    print(
+        f"selected {len(replay.episode_ids)} episodes, {int(replay.acted.sum())} decisions, {tasks} tasks ({held} held out);"
+        f" mean success {won:.3f}, {int((np.isnan(replay.returns) & replay.acted).sum())} decisions without a known return"
+    )
+
+
+def _say_compared(table: dict[str, dict[str, float]], name: str, replay: Replay) -> None:
+    print(f"\n{'held-out tasks' if replay.held_out.any() else 'training tasks (a single task: none could be held out)'}:")
+    columns = list(table[name])
+    print("  ".join([f"{'':14}", *(f"{c:>11}" for c in columns)]))
+    for critic, row in table.items():
+        cells = (f"{row[c]:11.4f}" if c in row and not np.isnan(row[c]) else f"{'-':>11}" for c in columns)
+        print("  ".join([f"{critic:14}", *cells]))
+    print(*verdict(name, table), sep="\n")
+
+
+def _say_next(cfg: DictConfig, run: Run) -> None:
+    store = cfg.data.store
+    print(f"""
+try:
+  python -m offline_lm.query analysis/decisive_steps.sql run={run.run_id} store={store}
+  python -m offline_lm.query analysis/where_value_was_lost.sql run={run.run_id} store={store}
+  python -m offline_lm.query "SELECT task_id, step, action, v, q, advantage FROM run_values WHERE run_id = '{run.run_id}' ORDER BY advantage LIMIT 10" store={store}
+""")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,151 @@
+"""The language model that reads: any causal model of `transformers`, or a tiny one built for the user's logs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as token_models
+from tokenizers import trainers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from offline_lm.errors import UserError
+from offline_lm.batches.pack import Layout
+from offline_lm.models.attention import NAME
+
+END = "<|end|>"
+
+
+def load(path: str, dtype: str = "auto") -> tuple[Any, Any]:
+    """Model and tokenizer from a folder or hub name: safetensors only, never code from the model's repository.
+
+    Raises:
+        UserError: nothing loadable there, no fast tokenizer, or an architecture that cannot be packed.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, trust_remote_code=False, use_safetensors=True, attn_implementation=NAME
+        )
+    except (OSError, ValueError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise UserError(f"model.path={path}: no causal language model could be loaded ({reason}); give a folder with config.json, tokenizer.json and *.safetensors, or a hub name") from e  # fmt: skip
+    if tokenizer.eos_token is None:
+        raise UserError(f"model.path={path}: its tokenizer has no end-of-sequence token, so that an action's end has no mark")
+    check_packing(model)
+    return model, tokenizer
+
+
+def tiny(
+    texts: Iterable[str],
+    *,
+    vocab_size: int = 2048,
+    width: int = 128,
+    layers: int = 4,
+    heads: int = 4,
+    seed: int = 0,
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """A small Llama and its tokenizer, from the user's own texts; weights random but for `match_init`."""
+    tokenizer = train_tokenizer(texts, vocab_size)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+        attn_implementation=NAME,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+        _scale_embeddings(model)
+        match_init(model)
+    return model, tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE in which a word has the same tokens wherever it stands.
+
+    Usual BPE glues the space to the word behind it, so that "red" at the start of a line, in `click[red mug]` and
+    in running text are unrelated ids, and a model must learn that they match. Here words, digits and runs of
+    punctuation with the space behind them are apart; every text still decodes exactly.
+    """
+    tokenizer = Tokenizer(token_models.BPE())
+    pieces = Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+ ?|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(pieces, "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, min_frequency=2, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, clean_up_tokenization_spaces=False)
+
+
+@torch.no_grad()
+def match_init(model: LlamaForCausalLM, share: float = 0.5, gain: float = 1.0) -> None:
+    """Start a share of the heads of each layer as "attend to the same token": W_q = W_k, orthonormal rows.
+
+    To judge an action a critic compares words of goal, page and action. Random weights take millions of tokens to
+    find that out; attention that begins near the identity (mimetic initialisation, Trockman & Kolter 2023) has it at
+    step 0, and is trained on like any other weight.
+    """
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        d = attention.head_dim
+        for head in range(round(share * attention.q_proj.out_features / d)):
+            rows = torch.empty(d, attention.q_proj.in_features)
+            nn.init.orthogonal_(rows, gain)
+            attention.q_proj.weight[head * d : (head + 1) * d] = rows
+            attention.k_proj.weight[head * d : (head + 1) * d] = rows
+
+
+@torch.no_grad()
+def _scale_embeddings(model: LlamaForCausalLM) -> None:
+    """Embeddings of size 1, so that the first layers still tell tokens apart; logits stay of size 1 all the same."""
+    nn.init.normal_(model.model.embed_tokens.weight)
+    model.model.norm.weight.fill_(model.config.hidden_size**-0.5)
+
+
+def hidden_states(model: Any, tokens: Tensor, layout: Layout) -> Tensor:
+    """Last hidden states [L, d] of a packed row of token ids [L]."""
+    out = model.base_model(
+        input_ids=tokens[None], position_ids=layout.positions().to(tokens.device)[None], use_cache=False, layout=layout
+    )
+    return out.last_hidden_state[0]
+
+
+@torch.no_grad()
+def check_packing(model: Any, tolerance: float = 1e-2) -> None:
+    """Refuse an architecture whose packed sequences see each other (recurrent layers, unread layouts).
+
+    Raises:
+        UserError: the hidden states of two packed sequences differ from those of each alone.
+    """
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(model.config.vocab_size, (n,), generator=g).to(model.device) for n in (7, 5))
+    packed = hidden_states(model, torch.cat([a, b]), Layout([7, 5], [[], []]))
+    alone = torch.cat([hidden_states(model, x, Layout([len(x)], [[]])) for x in (a, b)])
+    error = ((packed - alone).abs().max() / alone.abs().max()).item()
+    if not error < tolerance:
+        raise UserError(f"{type(model).__name__} cannot be packed: packed and single sequences differ by {error:.2g}")
+
+
+def save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write model (safetensors) and tokenizer so that `load(folder)` and plain `transformers` read them."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

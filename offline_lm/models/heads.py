@@ -1,0 +1,110 @@
+"""Value heads: small ensembles of MLPs on hidden states, read as scalars or as categorical values (HL-Gauss)."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from offline_lm.losses.expectile import iql_value_loss
+from offline_lm.losses.hl_gauss import (
+    Support,
+    hl_gauss_expectile_loss,
+    hl_gauss_loss,
+    hl_gauss_mean,
+    make_support,
+)
+from offline_lm.losses.td import squared_loss
+
+
+class Head(nn.Module):
+    """k independent MLPs (width -> hidden -> hidden -> out), computed as batched matrix products.
+
+    Args:
+        width: size of the features.
+        k: members of the ensemble.
+        hidden: size of both hidden layers.
+        support: bins of a categorical value; None for a scalar one.
+    """
+
+    def __init__(self, width: int, k: int, hidden: int, support: Support | None = None) -> None:
+        super().__init__()
+        self.k, self.support = k, support
+        out = 1 if support is None else len(support.centers)
+        sizes = [width, hidden, hidden, out]
+        self.norm = nn.LayerNorm(width)
+        self.weights = nn.ParameterList(nn.Parameter(_uniform(k, a, b)) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(k, 1, b)) for b in sizes[1:])
+        with torch.no_grad():
+            self.weights[-1].mul_(0.1)  # values start near 0, where most returns are
+
+    def forward(self, features: Float[Tensor, "n d"]) -> Tensor:
+        """Raw outputs: values [k, n], or logits [k, n, m] where the value is categorical."""
+        x = self.norm(features.to(self.weights[0].dtype)).expand(self.k, -1, -1)
+        for i, (w, b) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(b, x, w)
+            if i < len(self.weights) - 1:
+                x = nn.functional.gelu(x)
+        return x if self.support is not None else x[..., 0]
+
+    def read(self, raw: Tensor) -> Float[Tensor, "k n"]:
+        """The values that raw outputs stand for."""
+        return raw if self.support is None else hl_gauss_mean(raw, self.support)
+
+    def regress(self, raw: Tensor, target: Float[Tensor, " n"], mask: Bool[Tensor, " n"]) -> Float[Tensor, ""]:
+        """Squared error, or cross-entropy to the HL-Gauss target; masked mean, summed over the ensemble."""
+        if self.support is None:
+            return squared_loss(raw, target, mask)
+        return hl_gauss_loss(raw, target, self.support, mask)
+
+    def expectile(self, raw: Tensor, target: Float[Tensor, " n"], tau: float, mask: Bool[Tensor, " n"]) -> Float[Tensor, ""]:
+        """Expectile regression of an ensemble of one onto `target` (Kostrikov 2021, eq. 5), or its HL-Gauss surrogate."""
+        if self.support is None:
+            return iql_value_loss(raw[0], target, tau, mask)
+        return hl_gauss_expectile_loss(raw[0], target, self.support, tau, mask)
+
+
+def _uniform(k: int, fan_in: int, fan_out: int) -> Tensor:
+    bound = math.sqrt(3.0 / fan_in)
+    return torch.empty(k, fan_in, fan_out).uniform_(-bound, bound)
+
+
+class Heads(nn.Module):
+    """The V head and the ensemble of Q heads of one critic.
+
+    Args:
+        low, high: least and greatest return that the data can reach: the range of categorical values.
+        loss: mse or hl_gauss.
+    """
+
+    def __init__(
+        self, width: int, *, ensemble: int = 2, hidden: int = 256, loss: str = "mse", bins: int = 101,
+        low: float = 0.0, high: float = 1.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if loss not in ("mse", "hl_gauss"):
+            raise ValueError(f"loss is mse or hl_gauss, not {loss!r}")
+        self.options = dict(ensemble=ensemble, hidden=hidden, loss=loss, bins=bins, low=low, high=high)
+        support = None if loss == "mse" else make_support(low, high if high > low else low + 1.0, bins)
+        self.v = Head(width, 1, hidden, support)
+        self.q = Head(width, ensemble, hidden, support)
+
+    def values(self, states: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        return self.v.read(self.v(states))[0]
+
+    def q_values(self, actions: Float[Tensor, "n d"]) -> Float[Tensor, "k n"]:
+        return self.q.read(self.q(actions))
+
+
+def target_of(module: nn.Module) -> nn.Module:
+    """A copy that is never trained by gradients; equal to the online parameters at step 0 (trap 8)."""
+    return copy.deepcopy(module).requires_grad_(False)
+
+
+@torch.no_grad()
+def polyak(target: nn.Module, online: nn.Module, rate: float) -> None:
+    """Move every parameter of `target` a share `rate` towards `online`'s, in one call."""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), rate)

@@ -1,0 +1,14 @@
+"""Where conf/ and analysis/ are: inside the package in a wheel, beside it in a checkout."""
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def _folder(name: str) -> Path:
+    packaged = _PACKAGE / name
+    return packaged if packaged.is_dir() else _PACKAGE.parent / name
+
+
+CONF = _folder("conf")
+ANALYSIS = _folder("analysis")
