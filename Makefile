@@ -6,8 +6,8 @@ SHELL := bash
 
 PYTHON ?= python3
 VENV ?= .venv
-# The CPU build of torch where there is no GPU: 0.2 GB rather than 3. Empty: the build of your package index.
-TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
+# Where torch comes from if not from your package index, e.g. the URL of its CPU builds (0.2 GB rather than 3).
+TORCH_INDEX ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed

@@ -33,6 +33,7 @@ from offline_lm.models.heads import Heads, polyak, target_of
 from offline_lm.ope.diagnostics import Estimates, judge, position_only, verdict
 from offline_lm.run import Run
 from offline_lm.store import Store
+from offline_lm.store.connect import explained
 from offline_lm.types import Batch
 
 Array = np.ndarray
@@ -47,7 +48,7 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
     name = type(algo).__module__.rsplit(".", 1)[-1]
     device = _checked(cfg)
     store = Store.open(cfg.data.store)
-    with store.connect() as db:
+    with store.connect() as db, explained(store):
         replay = replays.select(
             db, where=cfg.data.where, gamma=algo.gamma, truncated=cfg.data.truncated, held_out=cfg.data.held_out, seed=cfg.seed
         )
@@ -199,8 +200,11 @@ def represent_stage(cfg: DictConfig, model: Any, tokens: Tokens, replay: Replay,
     stage = cfg.model.stage
     if not stage.tokens:
         return
-    weights = represent.Weights(stage.next_token, stage.effect, stage.action_swap, stage.goal_swap)
-    drawn = represent.draw(tokens, replay, weights, token_budget=stage.batch_tokens, seed=cfg.seed)
+    weights = represent.Weights(stage.goal_swap, stage.returns, stage.next_token, stage.effect, stage.action_swap)
+    drawn = represent.draw(
+        tokens, replay, weights, token_budget=stage.batch_tokens, goals_per_page=stage.goals_per_page,
+        pairs_after=int(stage.tokens * stage.goals_first), seed=cfg.seed,
+    )  # fmt: skip
     seen = 0
     with tqdm(total=stage.tokens, desc="represent", unit="token", unit_scale=True) as bar:
 

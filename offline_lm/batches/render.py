@@ -1,7 +1,7 @@
 """From a step to the parts of its prompt, and from tokens of parts to one prompt within a budget.
 
-A prompt is `frame | goal | history | page | frame`, a response follows it. Each part is tokenised by itself and the
-ids are joined, so that the boundary between prompt and response is a token boundary for every tokenizer
+A prompt is `frame | history | page | goal | frame`, a response follows it. The goal stands last, so that one encoding of a
+page can be asked about many goals (`models.represent`). Each part is tokenised by itself and the ids are joined, so that the boundary between prompt and response is a token boundary for every tokenizer
 (DESIGN section 4, trap 6), and the tokens of [s; a] begin with the tokens of [s] whatever a is.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-VERSION = "1"
+VERSION = "2"
 """Part of every cache key: raise it when the text of a prompt changes."""
 
 
@@ -45,7 +45,7 @@ def frame(tokenizer: Any) -> Frame:
 
 
 def goal_text(goal: str | None, start_url: str | None = None) -> str:
-    return f"Goal: {goal or start_url or ''}\n"
+    return f"\nGoal: {goal or start_url or ''}"
 
 
 def past_text(action: str) -> str:
@@ -79,9 +79,9 @@ class Cuts:
 
 def assemble(
     before: Sequence[int],
-    goal: Sequence[int],
     past: Sequence[Sequence[int]],
     page: Sequence[int],
+    goal: Sequence[int],
     after: Sequence[int],
     room: int,
     cuts: Cuts,
@@ -112,4 +112,4 @@ def assemble(
         cuts.page_tokens += len(page) - left
         head = (left + 1) // 2
         page = [*page[:head], *page[len(page) - (left - head) :]]
-    return [*before, *goal, *older, *newest, *page, *after]
+    return [*before, *older, *newest, *page, *goal, *after]

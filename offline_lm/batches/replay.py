@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,9 +95,10 @@ def select(db: duckdb.DuckDBPyConnection, *, where: str, gamma: float, truncated
     Raises:
         UserError: a condition that is not SQL, that selects nothing, or an empty store.
     """
-    table = _query(db, _NUMBERS, where).to_arrow_table()
+    with _explained(where):
+        table = _query(db, _NUMBERS, where).to_arrow_table()
     if table.num_rows == 0:
-        (total,) = db.sql("SELECT count(*) FROM episodes").fetchone() or (0,)
+        ((total,),) = db.sql("SELECT count(*) FROM episodes").fetchall()
         if total == 0:
             raise UserError("the store holds no episodes: ingest a log first (python -m offline_lm.ingest source=... path=...)")
         raise UserError(f"data.where={where!r} selects none of the store's {total} episodes")
@@ -146,9 +148,14 @@ def steps(db: duckdb.DuckDBPyConnection, where: str) -> Iterator[dict[str, Any]]
 
 
 def _query(db: duckdb.DuckDBPyConnection, columns: str, where: str) -> duckdb.DuckDBPyRelation:
+    return db.sql(_SELECTED.format(columns=columns, where=where))
+
+
+@contextmanager
+def _explained(where: str) -> Iterator[None]:
     try:
-        return db.sql(_SELECTED.format(columns=columns, where=where))
-    except (duckdb.ParserException, duckdb.BinderException, duckdb.CatalogException) as e:
+        yield
+    except (duckdb.ParserException, duckdb.BinderException, duckdb.CatalogException, duckdb.ConversionException) as e:
         raise UserError(f"data.where={where!r} is not a condition over the view `episodes`: {e}") from e
 
 

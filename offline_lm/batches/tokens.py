@@ -117,11 +117,12 @@ def tokenize(steps: Iterable[dict[str, Any]], tokenizer: Any, *, max_tokens: int
             if own and row["response_token_ids"] is not None:
                 options[0] = list(row["response_token_ids"])
             room = max_tokens - max(map(len, options), default=0)
-            goal_at = (len(before), len(before) + len(goal))
             if own and row["prompt_token_ids"] is not None and len(row["prompt_token_ids"]) <= room:
                 prompt, goal_at = list(row["prompt_token_ids"]), (0, 0)
             else:
-                prompt = render.assemble(before, goal, past[-history:] if history else [], page, after, room, cuts)
+                prompt = render.assemble(before, past[-history:] if history else [], page, goal, after, room, cuts)
+                end_of_goal = len(prompt or ()) - len(after)
+                goal_at = (end_of_goal - len(goal), end_of_goal)
             fits = prompt is not None
             goals.append(goal_at if fits else (0, 0))
             pages.append(zlib.crc32(render.page_text(row).encode()))

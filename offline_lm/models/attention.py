@@ -32,6 +32,8 @@ def packed_attention(
     dropout: float = 0.0,
     layout: Layout | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence of `layout`.
@@ -44,10 +46,13 @@ def packed_attention(
 
     Raises:
         ValueError: without a layout (a model that does not hand its keyword arguments down would leak between
-            sequences), or where a sequence is longer than the model's attention window.
+            sequences), where a sequence is longer than the model's attention window, or where the model's attention
+            is no plain softmax (soft-capped logits, attention sinks): without these its numbers would be others.
     """
     if layout is None:
         raise ValueError(f"{type(module).__name__} did not pass on `layout`: this architecture cannot be packed")
+    if softcap is not None or s_aux is not None:
+        raise ValueError(f"{type(module).__name__} caps its logits or has attention sinks, which packed attention does not compute")
     if sliding_window is not None and max(layout.lengths) > sliding_window:
         raise ValueError(
             f"a sequence of {max(layout.lengths)} tokens exceeds the model's window of {sliding_window}:"

@@ -36,7 +36,9 @@ class Outcomes:
 
     def of(self, rows: Array, device: torch.device) -> dict[str, Tensor]:
         """Columns of whole episodes' `rows`, with the offsets of the episodes among them."""
-        starts = np.flatnonzero(np.diff(self.episode_of[rows], prepend=-1))
+        # an episode may stand behind itself, at the end of one epoch and the start of the next
+        follows = (np.diff(rows, prepend=-2) == 1) & (np.diff(self.episode_of[rows], prepend=-1) == 0)
+        starts = np.flatnonzero(~follows)
         picked = {name: column[rows].to(device) for name, column in self.columns.items()}
         return {"offsets": torch.from_numpy(np.r_[starts, len(rows)]).to(device), **picked}
 

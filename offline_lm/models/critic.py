@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +24,7 @@ _KEYS = (
     "goal", "start_url", "url", "observation", "messages", "observation_error", "response", "action",
     "tokenizer_id", "prompt_token_ids", "response_token_ids",
 )  # fmt: skip
+_TEXTS = _KEYS[:8]
 
 
 @dataclass(frozen=True)
@@ -116,17 +118,33 @@ class Critic:
 def _row(state: dict[str, Any], number: int) -> dict[str, Any]:
     """One state as `tokenize` takes a step; every state is an episode of its own with the history it brings."""
     row = {key: state.get(key) for key in _KEYS}
+    if isinstance(row["messages"], list):
+        row["messages"] = orjson.dumps(row["messages"]).decode()  # as the store has them
+    for key in _TEXTS:
+        if row[key] is not None and not isinstance(row[key], str):
+            raise UserError(f"input record {number}: `{key}` is {row[key]!r:.80}, where a text is wanted")
     if row["observation"] is None and row["messages"] is None:
         raise UserError(f"input record {number}: it needs `observation` or `messages`")
-    row["candidates"] = [_candidate(c, number) for c in state.get("candidates") or ()]
-    row["past"] = list(state.get("history") or ())
+    row["candidates"] = [_candidate(c, number) for c in _list(state, "candidates", number)]
+    row["past"] = _list(state, "history", number)
+    if not all(isinstance(action, str) for action in row["past"]):
+        raise UserError(f"input record {number}: `history` is a list of past actions, each a text")
     row["episode_id"] = str(number)
     return row
+
+
+def _list(state: dict[str, Any], key: str, number: int) -> list[Any]:
+    value = state.get(key)
+    if value is not None and not isinstance(value, list | tuple):
+        raise UserError(f"input record {number}: `{key}` is {value!r:.80}, where a list is wanted")
+    return list(value or ())
 
 
 def _candidate(c: Any, number: int) -> dict[str, Any]:
     if isinstance(c, str):
         c = {"action": c}
-    if not isinstance(c, dict) or not isinstance(c.get("action"), str):
-        raise UserError(f"input record {number}: a candidate is a text, or an object with a text `action`; this is {c!r:.80}")
+    if not isinstance(c, dict) or not isinstance(c.get("action"), str) or not isinstance(c.get("response"), str | None):
+        raise UserError(
+            f"input record {number}: a candidate is a text, or an object with a text `action`; this is {c!r:.80}"
+        )
     return {"action": c["action"], "response": c.get("response"), "executed": c.get("executed")}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -35,11 +37,18 @@ class Head(nn.Module):
         self.k, self.support = k, support
         out = 1 if support is None else len(support.centers)
         sizes = [width, hidden, hidden, out]
-        self.norm = nn.LayerNorm(width)
+        # Without its own gain and bias, which the first layer has already: a backward product the less.
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.weights = nn.ParameterList(nn.Parameter(_uniform(k, a, b)) for a, b in zip(sizes, sizes[1:], strict=False))
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(k, 1, b)) for b in sizes[1:])
         with torch.no_grad():
             self.weights[-1].mul_(0.1)  # values start near 0, where most returns are
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Head:
+        super()._apply(fn, recurse)
+        if self.support is not None:  # the bins go where the weights go: .to(device), .double()
+            self.support = replace(self.support, edges=fn(self.support.edges))
+        return self
 
     def forward(self, features: Float[Tensor, "n d"]) -> Tensor:
         """Raw outputs: values [k, n], or logits [k, n, m] where the value is categorical."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from offline_lm.batches.pack import Layout
 from offline_lm.batches.replay import Replay
@@ -29,10 +29,11 @@ Array = np.ndarray
 class Weights:
     """What each part of the loss counts; 0 switches it off."""
 
+    goal_swap: float
+    returns: float
     next_token: float
     effect: float
     action_swap: float
-    goal_swap: float
 
 
 class Questions(nn.Module):
@@ -43,187 +44,214 @@ class Questions(nn.Module):
         self.effect = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
         self.swap = nn.Sequential(nn.LayerNorm(2 * width), nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, 1))
         self.goal = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
+        self.returns = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 2))
 
 
 @dataclass(frozen=True)
 class Drawn:
     """One batch of the stage: a packed row, and where its questions are.
 
+    Readouts are numbered as `Layout.readouts` gives them: prompts by sequence, branches in order.
+
     Attributes:
-        ids: int64 [L]; layout: of S sequences, each with at most two responses.
-        targets: int64 [L]: the next token, -100 at the ends.
-        action: int64 [S]: readout (row of the branch readouts) of the executed action, -1 where there is none.
-        other: int64 [S]: the same for a swapped one, -1 where there is none.
-        after: int64 [S]: the sequence that shows the state after this one, -1 where there is none.
-        changed: float32 [S]: 1 where the page after differs.
-        fits: float32 [S]: 1 with the episode's own goal, 0 with another task's, NaN where nothing is asked.
+        ids: int64 [L]; targets: int64 [L]: the next token, -100 where none follows.
+        layout: of the row.
+        action, after, changed: [P]: the branch of an executed action, the prompt of the state after it, and float32 whether
+            the page changed.
+        other: int64 [P]: the branch of another action of the same page, -1 where there is none.
+        goals: int64 [G, K]: branches that differ in their goal alone; the first has the episode's own.
+        returns: float32 [G]: the logged return there, NaN where unknown.
+        acted: int64 [G]: 1 where the branches end behind the action, 0 where before it.
     """
 
     ids: Tensor
-    layout: Layout
     targets: Tensor
+    layout: Layout
     action: Tensor
-    other: Tensor
     after: Tensor
     changed: Tensor
-    fits: Tensor
+    other: Tensor
+    goals: Tensor
+    returns: Tensor
+    acted: Tensor
 
 
 def loss(model: Any, questions: Questions, batch: Drawn, weights: Weights) -> dict[str, Tensor]:
     """The weighted parts of the stage's loss; a part without a question in the batch is left out."""
-    hidden = hidden_states(model, batch.ids, batch.layout)
-    at_v, at_q = batch.layout.readouts()
-    states, actions = hidden[at_v], hidden[at_q]
+    hidden = hidden_states(model, batch.ids.to(model.device), batch.layout)
+    states, actions = (hidden[at] for at in batch.layout.readouts())
     parts: dict[str, Tensor] = {}
+    if weights.goal_swap and len(batch.goals):
+        # K ways at once, which compares them, and each by itself, which makes the answer absolute
+        logits = questions.goal(actions[batch.goals])[..., 0]
+        truth = torch.zeros_like(logits)
+        truth[:, 0] = 1.0
+        parts["goal_swap"] = weights.goal_swap * (_first_of(logits) + binary_cross_entropy_with_logits(logits, truth))
+    known = ~batch.returns.isnan()
+    if weights.returns and known.any():
+        read = questions.returns(actions[batch.goals[known, 0]]).gather(1, batch.acted[known, None].to(model.device))[:, 0]
+        parts["returns"] = weights.returns * mse_loss(read, batch.returns[known].to(model.device))
+    if not len(batch.action):
+        return parts
     if weights.next_token:
-        parts["next_token"] = weights.next_token * cross_entropy(model.lm_head(hidden), batch.targets)
-    paired = (batch.action >= 0) & (batch.after >= 0)
-    if weights.effect and paired.any():
-        logit = questions.effect(actions[batch.action[paired]])[:, 0]
-        parts["effect"] = weights.effect * binary_cross_entropy_with_logits(logit, batch.changed[paired])
-    swapped = paired & (batch.other >= 0)
+        foreseen = batch.targets >= 0
+        parts["next_token"] = weights.next_token * cross_entropy(
+            model.lm_head(hidden[foreseen]), batch.targets[foreseen].to(model.device)
+        )
+    if weights.effect:
+        logit = questions.effect(actions[batch.action])[:, 0]
+        parts["effect"] = weights.effect * binary_cross_entropy_with_logits(logit, batch.changed.to(model.device))
+    swapped = batch.other >= 0
     if weights.action_swap and swapped.any():
+        # which of the two led to the page after?
         after = states[batch.after[swapped]]
-        logits = torch.cat([
-            questions.swap(torch.cat([actions[which[swapped]], after], dim=1))[:, 0] for which in (batch.action, batch.other)
-        ])  # fmt: skip
-        truth = torch.arange(2).repeat_interleave(len(after)).eq(0).float()
-        parts["action_swap"] = weights.action_swap * binary_cross_entropy_with_logits(logits, truth)
-    asked = (batch.action >= 0) & ~batch.fits.isnan()
-    if weights.goal_swap and asked.any():
-        # asked twice: of the state alone, and of state and action
-        for name, readout in (("goal_state", states[asked]), ("goal_action", actions[batch.action[asked]])):
-            logit = questions.goal(readout)[:, 0]
-            parts[name] = 0.5 * weights.goal_swap * binary_cross_entropy_with_logits(logit, batch.fits[asked])
+        pair = [questions.swap(torch.cat([actions[x[swapped]], after], dim=1)) for x in (batch.action, batch.other)]
+        parts["action_swap"] = weights.action_swap * _first_of(torch.cat(pair, dim=1))
     return parts
 
 
-def draw(tokens: Tokens, replay: Replay, weights: Weights, *, token_budget: int, seed: int) -> Iterator[Drawn]:
+def _first_of(logits: Tensor) -> Tensor:
+    """Cross-entropy of choosing the first of K: logits [n, K]."""
+    return cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
+
+
+def draw(
+    tokens: Tokens,
+    replay: Replay,
+    weights: Weights,
+    *,
+    token_budget: int,
+    goals_per_page: int,
+    pairs_after: int,
+    seed: int,
+) -> Iterator[Drawn]:
     """Endless batches of about `token_budget` tokens from the training episodes.
 
-    Half of the tokens are pairs of consecutive states (effect and action swap), half are steps shown twice, with
-    their own goal and with another task's (goal swap).
+    A batch is pages with their own goal and others', each page encoded once for all of them; half of these are read
+    before the action, where V is read, half behind it, where Q is. After `pairs_after` tokens a quarter of each batch is
+    pairs of consecutive states, for the other questions: asked from the start, they are learnt first and by
+    shortcuts, and goal matching took more than twice as long.
     """
     rng = np.random.default_rng(seed)
     train = ~replay.held_out_rows & tokens.usable
     acted = np.flatnonzero(train & tokens.acted)
     followed = acted[(replay.steps_to_end[acted] > 0) & train[np.minimum(acted + 1, len(tokens) - 1)]]
     goals = _Goals(tokens, replay)
-    askable = goals.askable(acted)
-    while True:
-        row = _Row(tokens)
-        use_goals = bool(weights.goal_swap) and len(askable) > 0
-        use_pairs = bool(weights.effect or weights.action_swap or weights.next_token) and len(followed) > 0
-        while use_pairs and row.length < token_budget / (2 if use_goals else 1):
+    askable, likely = goals.askable(acted)
+    use_goals = bool(weights.goal_swap) and len(askable) > 0
+    use_pairs = bool(weights.effect or weights.action_swap or weights.next_token) and len(followed) > 0
+    seen = 0
+    while use_goals or use_pairs:
+        row = _Row()
+        while use_pairs and (seen >= pairs_after or not use_goals) and row.length < token_budget / (4 if use_goals else 1):
             n = int(rng.choice(followed))
             first, stop = tokens.branch_ptr[n], tokens.branch_ptr[n + 1]
-            others = [int(rng.integers(first + 1, stop))] if stop - first > 1 else []
-            row.add(tokens.prompt(n), [int(first), *others], after=True, changed=tokens.page[n] != tokens.page[n + 1])
-            row.add(tokens.prompt(n + 1), [])
+            shown = [int(first)] + ([int(rng.integers(first + 1, stop))] if stop - first > 1 else [])
+            row.pair(
+                tokens.prompt(n), [tokens.response(a) for a in shown], tokens.prompt(n + 1), tokens.page[n] != tokens.page[n + 1]
+            )
         while use_goals and row.length < token_budget:
-            n = int(rng.choice(askable))
-            response = [int(tokens.branch_ptr[n])]
-            row.add(tokens.prompt(n), response, fits=1.0)
-            row.add(goals.swapped(n, rng), response, fits=0.0)
-        if not row.length:
-            return
+            n = int(rng.choice(askable, p=likely))
+            start, stop = tokens.goal_ptr[n]
+            prompt, response = tokens.prompt(n), tokens.response(tokens.branch_ptr[n])
+            acted = rng.random() < 0.5
+            tail = [prompt[stop:], response] if acted else [prompt[stop:]]
+            endings = [np.concatenate([goal, *tail]) for goal in goals.around(n, goals_per_page, rng)]
+            row.goals(prompt[:start], endings, replay.returns[n], acted)
+        seen += row.length
         yield row.drawn()
 
 
 class _Goals:
-    """Swaps the goal of a prompt with another task's; half of the time with one of those most like it."""
+    """The goals that a page is asked about: its own, and those of other training tasks, half of them much like it."""
 
-    def __init__(self, tokens: Tokens, replay: Replay, alike: int = 5) -> None:
+    def __init__(self, tokens: Tokens, replay: Replay) -> None:
         self.tokens, self.episode = tokens, replay.episode_of
-        self.tasks = replay.tasks
-        first = {}
-        for e, task in enumerate(replay.tasks):
-            n = int(replay.offsets[e])
+        # by text, not by task: tasks may share a goal, and the runs of one task may each have their own
+        unique: dict[bytes, int] = {}
+        self.texts: list[Array] = []
+        self.own = np.full(len(replay.tasks), -1)
+        for e, n in enumerate(replay.offsets[:-1]):
             if not replay.held_out[e] and tokens.goal_ptr[n, 1] > 0:
-                first.setdefault(task, n)
-        self.names = list(first)
-        self.texts = [self._goal(n) for n in first.values()]
-        sets = [set(t.tolist()) for t in self.texts]
-        index = {task: i for i, task in enumerate(self.names)}
-        self.index = np.array([index.get(task, -1) for task in replay.tasks])
-        self.alike = [self._nearest(i, sets, alike) for i in range(len(sets))] if len(sets) > 1 else []
-        self.weight = np.where(replay.success == 1, 1.0, 0.25)  # a failed run may have left its goal
+                text = tokens.prompt(n)[slice(*tokens.goal_ptr[n])]
+                self.own[e] = unique.setdefault(text.tobytes(), len(unique))
+                if len(unique) > len(self.texts):
+                    self.texts.append(text)
+        self.alike = [_alike(i, self.texts) for i in range(len(self.texts))]
+        self.weight = np.where(replay.success >= 1, 1.0, 0.25)  # a failed run may have lost its goal
 
-    def _goal(self, n: int) -> Array:
-        start, stop = self.tokens.goal_ptr[n]
-        return self.tokens.prompt(n)[start:stop]
-
-    @staticmethod
-    def _nearest(i: int, sets: list[set[int]], k: int) -> Array:
-        # tokens that most goals share say nothing: overlap is counted over sampled goals only, to stay linear
-        pool = np.random.default_rng(i).permutation(len(sets))[:256]
-        overlap = [-1.0 if j == i else len(sets[i] & sets[j]) / len(sets[i] | sets[j]) for j in pool]
-        return pool[np.argsort(overlap)[::-1][:k]][: max(1, min(k, len(pool) - 1))]
-
-    def askable(self, rows: Array) -> Array:
-        """Those of `rows` with a goal to swap, drawn with replacement once so that successes weigh more."""
-        if len(self.names) < 2 or not len(rows):
-            return rows[:0]
-        rows = rows[(self.tokens.goal_ptr[rows, 1] > 0) & (self.index[self.episode[rows]] >= 0)]
-        if not len(rows):
-            return rows
+    def askable(self, rows: Array) -> tuple[Array, Array]:
+        """Those of `rows` with a goal and others to confuse it with, and how often each is to be drawn."""
+        episode = self.episode[rows]
+        rows = rows[(self.own[episode] >= 0) & (self.tokens.goal_ptr[rows, 1] > 0) & (len(self.texts) > 1)]
         weight = self.weight[self.episode[rows]]
-        return np.random.default_rng(0).choice(rows, size=4 * len(rows), p=weight / weight.sum())
+        return rows, weight / weight.sum() if len(rows) else weight
 
-    def swapped(self, n: int, rng: np.random.Generator) -> Array:
-        own = self.index[self.episode[n]]
-        if rng.random() < 0.5:
-            other = int(rng.choice(self.alike[own]))
-        else:
-            other = int(rng.integers(len(self.names) - 1))
-            other += other >= own
-        start, stop = self.tokens.goal_ptr[n]
-        prompt = self.tokens.prompt(n)
-        return np.concatenate([prompt[:start], self.texts[other], prompt[stop:]])
+    def around(self, n: int, k: int, rng: np.random.Generator) -> list[Array]:
+        """k goals: that of row n first, then others, none twice (fewer in a small set)."""
+        own = int(self.own[self.episode[n]])
+        others = [i for i in rng.choice(self.alike[own], min(k // 2, len(self.alike[own])), replace=False)]
+        far = [i for i in rng.permutation(len(self.texts)) if i != own and i not in others]
+        return [self.texts[i] for i in [own, *others, *far][:k]]
+
+
+def _alike(i: int, texts: list[Array], k: int = 8, sample: int = 256) -> Array:
+    """The k goals that share most tokens with goal i, among at most `sample` (so that the whole stays linear)."""
+    pool = np.random.default_rng(i).permutation(len(texts))[:sample]
+    pool = pool[pool != i]
+    mine = set(texts[i].tolist())
+    shared = [len(mine & set(texts[j].tolist())) / len(mine | set(texts[j].tolist())) for j in pool]
+    return pool[np.argsort(shared)[::-1][:k]]
 
 
 class _Row:
     """A packed row under construction."""
 
-    def __init__(self, tokens: Tokens) -> None:
-        self.tokens, self.length = tokens, 0
+    def __init__(self) -> None:
+        self.length = self.n_branches = 0
         self.parts: list[Array] = []
         self.prompts: list[int] = []
         self.branches: list[list[int]] = []
-        self.columns: dict[str, list[float]] = {k: [] for k in ("action", "other", "after", "changed", "fits")}
-        self.readouts = 0
+        self.pairs: list[tuple[int, int, float, int]] = []
+        self.foreseen: list[bool] = []
+        self.choices: list[tuple[list[int], float, int]] = []
 
-    def add(self, prompt: Array, responses: list[int], *, after: bool = False, changed: bool = False, fits: float = float("nan")) -> None:
-        texts = [self.tokens.response(a) for a in responses]
-        self.parts += [prompt, *texts]
+    def _add(self, prompt: Array, branches: list[Array], foreseen: bool) -> list[int]:
+        self.parts += [prompt, *branches]
         self.prompts.append(len(prompt))
-        self.branches.append([len(t) for t in texts])
-        self.length += len(prompt) + sum(map(len, texts))
-        asked = {
-            "action": self.readouts if responses else -1,
-            "other": self.readouts + 1 if len(responses) > 1 else -1,
-            "after": len(self.prompts) if after else -1,
-            "changed": changed,
-            "fits": fits,
-        }
-        for name, value in asked.items():
-            self.columns[name].append(value)
-        self.readouts += len(responses)
+        self.branches.append([len(b) for b in branches])
+        self.foreseen.append(foreseen)
+        self.length += len(prompt) + sum(self.branches[-1])
+        self.n_branches += len(branches)
+        return list(range(self.n_branches - len(branches), self.n_branches))
+
+    def pair(self, prompt: Array, responses: list[Array], after: Array, changed: bool) -> None:
+        """A state with its executed action, perhaps another one, and the state that followed."""
+        branches = self._add(prompt, responses, True)
+        self._add(after, [], True)
+        self.pairs.append((branches[0], len(self.prompts) - 1, float(changed), branches[1] if len(branches) > 1 else -1))
+
+    def goals(self, page: Array, endings: list[Array], returned: float, acted: bool) -> None:
+        """A page with several goals; the first is its own."""
+        self.choices.append((self._add(page, endings, False), returned, int(acted)))
 
     def drawn(self) -> Drawn:
         ids = torch.from_numpy(np.concatenate(self.parts).astype(np.int64))
-        layout = Layout(self.prompts, self.branches)
-        # the token after a prompt is the executed response's first; other branches begin and end without one
-        targets = torch.full_like(ids, -100)
-        targets[:-1] = ids[1:]
+        # text is foretold in pairs alone; what follows a prompt is its first branch, the others begin unforeseen
+        targets = torch.cat([ids[1:], ids.new_full((1,), -100)])
         at = 0
-        for p, b in zip(self.prompts, self.branches, strict=True):
+        for p, b, foreseen in zip(self.prompts, self.branches, self.foreseen, strict=True):
             for length in [p + b[0] if b else p, *b[1:]]:
                 at += length
-                targets[at - 1] = -100
-        whole = {k: torch.tensor(self.columns[k]) for k in ("action", "other", "after")}
-        part = {k: torch.tensor(self.columns[k], dtype=torch.float32) for k in ("changed", "fits")}
-        return Drawn(ids, layout, targets, **whole, **part)
+                targets[at - 1 if foreseen else at - length : at] = -100
+        goals, returns, acted = zip(*self.choices, strict=True) if self.choices else ((), (), ())
+        action, after, changed, other = zip(*self.pairs, strict=True) if self.pairs else ((), (), (), ())
+        return Drawn(
+            ids, targets, Layout(self.prompts, self.branches), torch.tensor(action, dtype=torch.long),
+            torch.tensor(after, dtype=torch.long), torch.tensor(changed), torch.tensor(other, dtype=torch.long),
+            torch.tensor(goals, dtype=torch.long), torch.tensor(returns, dtype=torch.float32),
+            torch.tensor(acted, dtype=torch.long),
+        )  # fmt: skip
 
 
 def train(
@@ -246,7 +274,7 @@ def train(
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        questions = Questions(model.config.hidden_size)
+        questions = Questions(model.config.hidden_size).to(model.device)
     parameters = [*model.parameters(), *questions.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     model.train()

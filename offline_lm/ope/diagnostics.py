@@ -89,12 +89,14 @@ def judge(estimates: Estimates, replay: Replay, tokens: Tokens, rows: Array) -> 
     - margin: mean Q of the logged action less that of the others at the same state, in episodes that succeeded;
     - spread: std(Q) / std(return): near 0, the head is dead.
     """
+    rows = rows & tokens.usable  # a critic says nothing of a step that it cannot read
     known = rows & replay.acted & ~np.isnan(replay.returns)
     g, v = replay.returns[known], estimates.v[known]
     out = {"v_rmse": _rmse(v, g), "v_explained": explained_variance(v, g)}
 
     acted = np.diff(np.r_[0, np.cumsum(replay.acted)][replay.offsets])
     episodes = np.flatnonzero(rows[replay.offsets[:-1]] & ~np.isnan(replay.success) & (acted > 0))
+    episodes = episodes[rows[replay.offsets[episodes] + acted[episodes] // 2]]
     middle = replay.offsets[episodes] + acted[episodes] // 2
     success = replay.success[episodes] >= 1
     at_middle = np.clip(estimates.v[middle], 0, 1)

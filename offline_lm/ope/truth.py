@@ -1,0 +1,76 @@
+"""A critic held against the exact values of the shop: order of actions, V, and the policy that its Q would choose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from offline_lm.envs.shop import Task
+from offline_lm.ope.diagnostics import kendall
+
+Array = np.ndarray
+
+
+class Scorer(Protocol):
+    """What is judged: `score` of `offline_lm.models.critic.Critic`."""
+
+    def score(self, states: Any) -> Any: ...
+
+
+def shop(critic: Scorer, tasks: Sequence[Task], *, gamma: float, tau: float | None) -> dict[str, float]:
+    """Exact-truth scores over *all* states of tasks that the critic has not seen, states weighted by the logs' visits.
+
+    Args:
+        gamma: the critic's discount.
+        tau: its expectile; None for a critic of the behaviour's value (its V target is then V of the behaviour).
+
+    Returns:
+        kendall: mean over states of Kendall's tau of Q over the candidates against Q*, over pairs that Q* orders;
+        hit: share of states whose best candidate by Q is one of the best by Q*;
+        spearman_v: rank correlation over states of V with the value that it estimates (expectile fixed point or V of
+            the behaviour mixture), mean over tasks and pooled (`spearman_v_pooled`);
+        behaviour, optimum, greedy: expected return within the step limit of the logs' policies, of the optimal one, and
+            of the greedy policy of Q over candidates; gap_recovered: (greedy - behaviour) / (optimum - behaviour).
+    """
+    rows: list[dict[str, float]] = []
+    pooled_v: list[Array] = []
+    pooled_truth: list[Array] = []
+    for task in tasks:
+        mixture = task.mixture()
+        _, q_star = task.optimal(gamma)
+        v_true, _ = task.evaluate(mixture, gamma) if tau is None else task.expectile(mixture, gamma, tau)
+        visits = np.mean([task.visitation(p) for p in task.behaviours().values()], axis=0)
+        v, q = _score(critic, task)
+        taus = np.array([kendall(q_star[s, m], q[s, m]) for s, m in enumerate(task.valid)])
+        hits = np.array([q_star[s, np.nanargmax(q[s])] >= np.nanmax(q_star[s]) - 1e-9 for s in range(len(q))])
+        ordered = ~np.isnan(taus)
+        seen = visits > 0
+        pooled_v.append(v[seen])
+        pooled_truth.append(v_true[seen])
+        optimum = task.play(task.greedy(q_star))
+        rows.append({
+            "kendall": float(np.average(taus[ordered], weights=visits[ordered])),
+            "hit": float(np.average(hits[ordered], weights=visits[ordered])),
+            "spearman_v": float(spearmanr(v[seen], v_true[seen]).statistic),
+            "behaviour": float(np.mean([task.play(p) for p in task.behaviours().values()])),
+            "optimum": optimum,
+            "greedy": task.play(task.greedy(q)),
+        })  # fmt: skip
+    out = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    out["spearman_v_pooled"] = float(spearmanr(np.concatenate(pooled_v), np.concatenate(pooled_truth)).statistic)
+    out["gap_recovered"] = (out["greedy"] - out["behaviour"]) / (out["optimum"] - out["behaviour"])
+    return out
+
+
+def _score(critic: Scorer, task: Task) -> tuple[Array, Array]:
+    """V [S] and Q [S, A] of the critic for every state of the task, seen without history; NaN where no action is."""
+    states = [{"goal": task.goal, "observation": task.page(s), "candidates": task.actions[s]} for s in range(len(task.states))]
+    v, q = np.zeros(len(states)), np.full(task.next.shape, np.nan)
+    for s, score in enumerate(critic.score(states)):
+        v[s] = score.v
+        if score.q is not None:
+            q[s, : len(score.q)] = score.q
+    return v, q
