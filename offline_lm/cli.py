@@ -87,9 +87,7 @@ def _run(config_name: str, body: Body, argv: Sequence[str]) -> None:
     for folder in dirs:
         if not folder.is_dir():
             raise UserError(f"--config-dir {folder}: no such folder")
-    if bad := next(
-        (arg for arg in rest if arg.startswith("-") or ("=" not in arg and not arg.startswith("~"))), None
-    ):
+    if bad := next((arg for arg in rest if arg.startswith("-") or ("=" not in arg and not arg.startswith("~"))), None):
         raise UserError(f"`{bad}` is not key=value; see --help")
 
     allowed = frozenset(_targets_in(paths.CONF)).union(*map(_targets_in, dirs))
@@ -145,9 +143,7 @@ def _jobs(overrides: list[str], multirun: bool) -> Iterator[tuple[str, ...]]:
         try:
             override = parser.parse_override(text)
         except HydraException as error:
-            raise UserError(
-                f"`{text}` cannot be read ({_line(error)}): quote the value, as in key='a, b'"
-            ) from error
+            raise UserError(f"`{text}` cannot be read ({_line(error)}): quote the value, as in key='a, b'") from error
         _check_override(override)
         if not override.is_sweep_override():
             choices.append([text])
@@ -216,11 +212,7 @@ def _keys(config_name: str) -> Iterator[str]:
 def _line(error: BaseException) -> str:
     """The message of ``error`` without OmegaConf's stack of keys, on one line."""
     lines = [line.strip() for line in str(error).splitlines()]
-    kept = [
-        line
-        for line in lines
-        if line and not re.match(r"(full_key|object_type|reference_type|See https)\b", line)
-    ]
+    kept = [line for line in lines if line and not re.match(r"(full_key|object_type|reference_type|See https)\b", line)]
     return "; ".join(kept) or type(error).__name__
 
 
@@ -282,8 +274,7 @@ def _help(config_name: str) -> str:
     used = [
         (group.name, sorted(option.stem for option in group.glob("*.yaml")))
         for group in sorted(paths.CONF.iterdir())
-        if group.is_dir()
-        and re.search(rf"^\s*- (?:optional )?(?:override )?/?{group.name}\b", body, re.MULTILINE)
+        if group.is_dir() and re.search(rf"^\s*- (?:optional )?(?:override )?/?{group.name}\b", body, re.MULTILINE)
     ]
     groups = "".join(f"\n  {name}: {', '.join(options)}" for name, options in used)
     return "\n".join(

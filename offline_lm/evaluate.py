@@ -66,7 +66,8 @@ def judge(store: Store, run_id: str) -> dict[str, Any]:
             "SELECT config, algo, seed, run_dir FROM runs WHERE run_id = ?", [run_id]
         ).fetchone() or (None, None, None, None)
         held_out = db.execute(
-            "SELECT DISTINCT task_id FROM run_values WHERE run_id = ? AND split = 'held_out' AND benchmark = 'shop'", [run_id]
+            "SELECT DISTINCT task_id FROM run_values WHERE run_id = ? AND split = 'held_out' AND benchmark = 'shop'",
+            [run_id],
         ).fetchall()
     if config is None or not held_out:
         raise UserError(f"run {run_id} holds out no task of the shop (benchmark 'shop'): suite=shop cannot judge it")
@@ -74,10 +75,9 @@ def judge(store: Store, run_id: str) -> dict[str, Any]:
     tasks = [Task(Site.draw(int(site)), int(number)) for site, number in named]
     settings = yaml.safe_load(config)["algo"]
     scores = truth.shop(Critic.from_pretrained(run_dir), tasks, gamma=settings["gamma"], tau=settings.get("tau"))
-    store.append("diagnostics", [
-        {"run_id": run_id, "suite": "shop", "split": "held_out", "group": algo, "name": k, "n": len(tasks), "value": None if math.isnan(v) else v}
-        for k, v in scores.items()
-    ])  # fmt: skip
+    row = {"run_id": run_id, "suite": "shop", "split": "held_out", "group": algo, "n": len(tasks)}
+    values = {name: None if math.isnan(value) else value for name, value in scores.items()}
+    store.append("diagnostics", [{**row, "name": name, "value": value} for name, value in values.items()])
     return {"run_id": run_id, "algo": algo, "seed": seed, "tasks": len(tasks), **scores}
 
 

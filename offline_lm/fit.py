@@ -6,13 +6,11 @@ The order of work is the order of this file: select, prepare (represent, tokenis
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import duckdb
 import numpy as np
-import pyarrow as pa
 import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
@@ -24,17 +22,17 @@ from offline_lm.batches import replay as replays
 from offline_lm.batches.replay import Replay
 from offline_lm.batches.tokens import Tokens, tokenize
 from offline_lm.errors import UserError
-from offline_lm.losses.returns import td_residuals
 from offline_lm.models import backbone, features, represent
 from offline_lm.models.batching import CachedBatches, EncodedBatches
 from offline_lm.models.critic import Critic
 from offline_lm.models.features import Features
 from offline_lm.models.heads import Heads, polyak, target_of
-from offline_lm.ope.diagnostics import Estimates, judge, position_only, verdict
+from offline_lm.ope.diagnostics import Estimates, position_only, verdict
 from offline_lm.run import Run
 from offline_lm.store import Store
 from offline_lm.store.connect import explained
 from offline_lm.types import Batch
+from offline_lm.values import candidate_values, compare, values
 
 Array = np.ndarray
 
@@ -50,7 +48,12 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
     store = Store.open(cfg.data.store)
     with store.connect() as db, explained(store):
         replay = replays.select(
-            db, where=cfg.data.where, gamma=algo.gamma, truncated=cfg.data.truncated, held_out=cfg.data.held_out, seed=cfg.seed
+            db,
+            where=cfg.data.where,
+            gamma=algo.gamma,
+            truncated=cfg.data.truncated,
+            held_out=cfg.data.held_out,
+            seed=cfg.seed,
         )
         low, high = _return_range(replay)
         _say_selected(replay)
@@ -68,7 +71,12 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
                 feats = compute_features(cfg, store, model, tokens)
                 make = CachedBatches(feats, replay, tokens, device)
                 steps, whole = train(algo, heads, make, replay, cfg.optim, cfg.seed, run)
-            settings = {"max_tokens": cfg.data.max_tokens, "history": cfg.data.history, "dtype": cfg.model.dtype, "has_q": has_q(algo)}
+            settings = {
+                "max_tokens": cfg.data.max_tokens,
+                "history": cfg.data.history,
+                "dtype": cfg.model.dtype,
+                "has_q": has_q(algo),
+            }
             kept_outside = cfg.model.path is not None and cfg.model.train == "heads" and not cfg.model.stage.tokens
             critic = Critic(model, tokenizer, heads, settings)
             critic.save(run.folder, backbone_path=cfg.model.path if kept_outside else None)
@@ -76,8 +84,9 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
             estimates = {name: estimate(heads, feats, device, has_q(algo))}
             if cfg.baselines:
                 estimates |= train_baselines(cfg, algo.gamma, feats, replay, tokens, device, name, run)
-            commit(store, db, run, cfg, replay, tokens, heads, feats, estimates[name], algo.gamma)
-            table = compare(store, run, replay, tokens, estimates)
+            store.append("values", values(run.run_id, replay, tokens, estimates[name], algo.gamma))
+            store.append("candidate_values", candidate_values(db, run.run_id, replay, tokens, estimates[name]))
+            table = compare(store, run.run_id, replay, tokens, estimates)
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
             metrics = {**table[name], "peak_memory_gb": peak}
             run.finish("finished" if whole else "interrupted", steps, metrics)
@@ -87,7 +96,9 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
     _say_compared(table, name, replay)
     _say_next(cfg, run)
     seconds = round(run.seconds, 1)
-    print(f"{run.run_id}: {'finished' if whole else 'interrupted, but usable'} in {seconds} s, peak memory {peak:.2f} GB")
+    print(
+        f"{run.run_id}: {'finished' if whole else 'interrupted, but usable'} in {seconds} s, peak memory {peak:.2f} GB"
+    )
     return {"run_id": run.run_id, "steps": steps, "seconds": seconds, "metrics": metrics, "baselines": table}
 
 
@@ -119,11 +130,15 @@ def train(
     step = 0
     try:
         for step in bar:
-            optimizer.param_groups[0]["lr"] = optim.lr * min(1.0, step / max(optim.warmup, 1), 1.05 - step / optim.steps)
+            optimizer.param_groups[0]["lr"] = optim.lr * min(
+                1.0, step / max(optim.warmup, 1), 1.05 - step / optim.steps
+            )
             losses = algo.loss(heads, target, make(next(batches)))
             total = torch.stack(list(losses.values())).sum()
             if not total.isfinite():
-                raise FloatingPointError(f"update {step}: the loss is {total.item()}; lower optim.lr, or look for huge rewards")
+                raise FloatingPointError(
+                    f"update {step}: the loss is {total.item()}; lower optim.lr, or look for huge rewards"
+                )
             optimizer.zero_grad()
             total.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, optim.clip, error_if_nonfinite=True)
@@ -149,11 +164,10 @@ def train(
 def prepare(
     cfg: DictConfig, store: Store, db: duckdb.DuckDBPyConnection, replay: Replay, run: Run, device: torch.device
 ) -> tuple[Any, Any, Tokens]:
-    """Backbone, tokenizer and tokens; a represented backbone is kept in the store's cache for other runs and algorithms."""
+    """Backbone, tokenizer and tokens; a represented backbone stays in the store's cache for other algorithms."""
     model_cfg = cli.plain(cfg.model)
-    data = [cfg.data.where, cfg.data.history, cfg.data.max_tokens, render.VERSION, _snapshot(store)]
     built = {k: v for k, v in model_cfg.items() if k not in ("heads", "train")}
-    folder = store.cache_dir / "backbones" / features.key(built, data, cfg.data.held_out, cfg.seed)
+    folder = store.cache_dir / "backbones" / features.key(built, _selection(cfg, store), cfg.data.held_out, cfg.seed)
     if cfg.model.path is not None and not cfg.model.stage.tokens:
         model, tokenizer = backbone.load(cfg.model.path, cfg.model.dtype)
     elif (folder / "done").exists():
@@ -184,15 +198,15 @@ def tokenized(cfg: DictConfig, store: Store, db: duckdb.DuckDBPyConnection, toke
     cuts = tokens.cuts
     if cuts.pages or cuts.histories or cuts.too_long:
         print(
-            f"data.max_tokens={cfg.data.max_tokens}: {cuts.pages} of {len(tokens)} pages cut in the middle ({cuts.page_tokens} tokens),"
-            f" {cuts.histories} histories shortened, {cuts.too_long} steps too long to use"
+            f"data.max_tokens={cfg.data.max_tokens}: {cuts.pages} of {len(tokens)} pages cut in the middle"
+            f" ({cuts.page_tokens} tokens), {cuts.histories} histories shortened, {cuts.too_long} steps too long to use"
         )
     return tokens
 
 
 def tokens_key(cfg: DictConfig, store: Store, tokenizer: Any) -> str:
     vocabulary = tokenizer.backend_tokenizer.to_str()
-    return features.key(vocabulary, tokenizer.chat_template, cfg.data.where, cfg.data.history, cfg.data.max_tokens, render.VERSION, _snapshot(store))  # fmt: skip
+    return features.key(vocabulary, tokenizer.chat_template, _selection(cfg, store))
 
 
 def represent_stage(cfg: DictConfig, model: Any, tokens: Tokens, replay: Replay, run: Run) -> None:
@@ -225,7 +239,14 @@ def compute_features(cfg: DictConfig, store: Store, model: Any, tokens: Tokens) 
 
 
 def train_baselines(
-    cfg: DictConfig, gamma: float, feats: Features, replay: Replay, tokens: Tokens, device: torch.device, name: str, run: Run
+    cfg: DictConfig,
+    gamma: float,
+    feats: Features,
+    replay: Replay,
+    tokens: Tokens,
+    device: torch.device,
+    name: str,
+    run: Run,
 ) -> dict[str, Estimates]:
     """What every critic is held against: `q_mc` on the same features, the step's position alone, and a constant."""
     out = {}
@@ -237,15 +258,21 @@ def train_baselines(
         train(QMC(gamma=gamma, polyak=0.01), heads, make, replay, cfg.optim, cfg.seed, run, prefix="q_mc/")
         out["q_mc"] = estimate(heads, feats, device, True)
     mean = np.nanmean(np.where(replay.held_out_rows, np.nan, replay.returns))
-    return out | {"position_only": Estimates(position_only(replay), None), "constant": Estimates(np.full(len(replay), mean), None)}
+    return out | {
+        "position_only": Estimates(position_only(replay), None),
+        "constant": Estimates(np.full(len(replay), mean), None),
+    }
 
 
 @torch.no_grad()
 def estimate(heads: Heads, feats: Features, device: torch.device, with_q: bool) -> Estimates:
-    """V of every row, and the least of the ensemble's Q of every response."""
+    """V of every row, and Q of every response."""
     v = np.concatenate([heads.values(x).cpu().numpy() for x in _slices(feats.v, device)])
-    q = [heads.q_values(x).amin(0).cpu().numpy() for x in _slices(feats.q, device)] if with_q else None
-    return Estimates(v.astype(np.float64), None if q is None else np.concatenate([np.zeros(0), *q]))
+    if not with_q:
+        return Estimates(v.astype(np.float64), None)
+    ensemble = np.concatenate([heads.q_values(x).cpu().numpy() for x in _slices(feats.q, device)], axis=1)
+    ensemble = ensemble.astype(np.float64)
+    return Estimates(v.astype(np.float64), ensemble.min(axis=0), ensemble)
 
 
 def has_q(algo: Any) -> bool:
@@ -258,93 +285,11 @@ def _slices(x: Array, device: torch.device, size: int = 65_536) -> Iterator[torc
         yield torch.from_numpy(np.array(x[i : i + size])).to(device)
 
 
-@torch.no_grad()
-def commit(
-    store: Store, db: duckdb.DuckDBPyConnection, run: Run, cfg: DictConfig, replay: Replay, tokens: Tokens, heads: Heads,
-    feats: Features, estimates: Estimates, gamma: float,
-) -> None:  # fmt: skip
-    """Write `values` (a row a step) and `candidate_values` (a row a candidate) of the run."""
-    n = len(replay)
-    usable = np.asarray(tokens.usable)
-    v = np.where(usable, estimates.v, np.nan)
-    next_v = np.where(replay.steps_to_end > 0, np.roll(v, -1), np.nan)
-    rewards, continues = torch.from_numpy(replay.reward), torch.from_numpy((~replay.terminated).astype(float))
-    td = td_residuals(rewards, continues, torch.from_numpy(v), torch.from_numpy(next_v), gamma=gamma).numpy()
-    td = np.where(replay.acted & replay.bootstraps, td, np.nan)
-    q = np.full(n, np.nan)
-    ensemble: Array | None = None
-    if estimates.q is not None:
-        acted = np.asarray(tokens.acted)
-        logged = tokens.branch_ptr[:-1][acted]
-        q[acted] = estimates.q[logged]
-        device = next(heads.parameters()).device
-        ensemble = np.full((n, heads.q.k), np.nan)
-        parts = [heads.q_values(x).T.cpu().numpy() for x in _slices(np.asarray(feats.q)[logged], device)]
-        ensemble[acted] = np.concatenate(parts) if parts else np.zeros((0, heads.q.k))
-    ids = pa.array(replay.episode_ids).take(pa.array(replay.episode_of))
-    columns = {
-        "run_id": pa.array([run.run_id] * n),
-        "episode_id": ids,
-        "step": replay.step,
-        "split": np.where(replay.held_out_rows, "held_out", "train"),
-        "v": _nullable(v),
-        "q": _nullable(q),
-        "q_ensemble": pa.nulls(n) if ensemble is None else _lists(ensemble),
-        "advantage": _nullable(td if estimates.q is None else q - v),
-        "td_error": _nullable(td),
-        "return": _nullable(replay.returns),
-        "return_mask": ~np.isnan(replay.returns),
-        "bootstrap_mask": replay.bootstraps,
-    }
-    store.append("values", pa.table(columns))
-    if estimates.q is None or not len(tokens.candidate_branch):
-        return
-    counts = np.diff(tokens.candidate_ptr)
-    rows = np.repeat(np.arange(n), counts)
-    scored = pa.table({
-        "episode_id": ids.take(pa.array(rows)),
-        "step": replay.step[rows],
-        "candidate": np.arange(len(rows)) - np.repeat(tokens.candidate_ptr[:-1], counts),
-        "q": estimates.q[tokens.candidate_branch],
-        "executed": tokens.acted[rows] & (tokens.candidate_branch == tokens.branch_ptr[rows]),
-    })  # fmt: skip
-    db.register("scored", scored)
-    named = db.sql("""
-        SELECT $run AS run_id, s.episode_id, s.step, c.candidate, s.candidates[c.candidate + 1].action AS action, c.q, c.executed
-        FROM scored AS c JOIN steps AS s USING (episode_id, step) ORDER BY s.episode_id, s.step, c.candidate
-    """, params={"run": run.run_id})  # fmt: skip
-    store.append("candidate_values", named.to_arrow_table())
-
-
-def _nullable(x: Array) -> pa.Array:
-    return pa.array(x, from_pandas=True)  # NaN is "unknown": null in SQL
-
-
-def _lists(x: Array) -> pa.Array:
-    known = ~np.isnan(x).any(axis=1)
-    return pa.array([row if ok else None for row, ok in zip(x, known, strict=True)], pa.list_(pa.float64()))
-
-
-def compare(store: Store, run: Run, replay: Replay, tokens: Tokens, estimates: dict[str, Estimates]) -> dict[str, dict[str, float]]:
-    """Judge every estimate on both sides of the split; the rows go to `diagnostics`, the held-out ones are returned."""
-    rows, table = [], {}
-    sides = {"train": ~replay.held_out_rows, "held_out": replay.held_out_rows}
-    for split, mask in sides.items():
-        if not mask.any():
-            continue
-        for name, estimate_ in estimates.items():
-            table[name] = judge(estimate_, replay, tokens, mask)
-            rows += [
-                {"run_id": run.run_id, "suite": "fit", "split": split, "group": name, "name": k, "value": None if np.isnan(v) else v, "n": int(mask.sum())}
-                for k, v in table[name].items()
-            ]  # fmt: skip
-    store.append("diagnostics", rows)
-    return table
-
-
-def _snapshot(store: Store) -> dict[str, int]:
+def _selection(cfg: DictConfig, store: Store) -> list[Any]:
+    """What the text of the prompts depends on."""
     versions = store.versions()
-    return {table: versions.get(table, 0) for table in ("episodes", "steps")}
+    snapshot = [versions.get(table, 0) for table in ("episodes", "steps")]
+    return [cfg.data.where, cfg.data.history, cfg.data.max_tokens, render.VERSION, snapshot]
 
 
 def _training_texts(db: duckdb.DuckDBPyConnection, where: str, replay: Replay) -> Iterator[str]:
@@ -366,7 +311,9 @@ def _training_texts(db: duckdb.DuckDBPyConnection, where: str, replay: Replay) -
 def _return_range(replay: Replay) -> tuple[float, float]:
     known = replay.returns[~np.isnan(replay.returns) & ~replay.held_out_rows]
     if not len(known):
-        raise UserError("no selected step has a known return: these logs carry no reward, outcome or success to learn from")
+        raise UserError(
+            "no selected step has a known return: these logs carry no reward, outcome or success to learn from"
+        )
     return float(min(known.min(), 0.0)), float(max(known.max(), 0.0))
 
 
@@ -386,15 +333,18 @@ def _checked(cfg: DictConfig) -> torch.device:
 
 def _say_selected(replay: Replay) -> None:
     tasks, held = len(set(replay.tasks)), len({t for t, h in zip(replay.tasks, replay.held_out, strict=True) if h})
+    unknown = int((np.isnan(replay.returns) & replay.acted).sum())
     won = np.nanmean(replay.success) if not np.isnan(replay.success).all() else float("nan")
     print(
-        f"selected {len(replay.episode_ids)} episodes, {int(replay.acted.sum())} decisions, {tasks} tasks ({held} held out);"
-        f" mean success {won:.3f}, {int((np.isnan(replay.returns) & replay.acted).sum())} decisions without a known return"
+        f"selected {len(replay.episode_ids)} episodes, {int(replay.acted.sum())} decisions, {tasks} tasks"
+        f" ({held} held out); mean success {won:.3f}, {unknown} decisions without a known return"
     )
 
 
 def _say_compared(table: dict[str, dict[str, float]], name: str, replay: Replay) -> None:
-    print(f"\n{'held-out tasks' if replay.held_out.any() else 'training tasks (a single task: none could be held out)'}:")
+    print(
+        f"\n{'held-out tasks' if replay.held_out.any() else 'training tasks (a single task: none could be held out)'}:"
+    )
     columns = list(table[name])
     print("  ".join([f"{'':14}", *(f"{c:>11}" for c in columns)]))
     for critic, row in table.items():
@@ -405,11 +355,12 @@ def _say_compared(table: dict[str, dict[str, float]], name: str, replay: Replay)
 
 def _say_next(cfg: DictConfig, run: Run) -> None:
     store = cfg.data.store
+    worst = f"SELECT task_id, step, action, v, q, advantage FROM run_values WHERE run_id = '{run.run_id}'"
     print(f"""
 try:
   python -m offline_lm.query analysis/decisive_steps.sql run={run.run_id} store={store}
   python -m offline_lm.query analysis/where_value_was_lost.sql run={run.run_id} store={store}
-  python -m offline_lm.query "SELECT task_id, step, action, v, q, advantage FROM run_values WHERE run_id = '{run.run_id}' ORDER BY advantage LIMIT 10" store={store}
+  python -m offline_lm.query "{worst} ORDER BY advantage LIMIT 10" store={store}
 """)
 
 

@@ -36,9 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body(cfg: DictConfig) -> dict[str, Any] | None:
         if len(texts) != 1:
-            given = (
-                "none was given" if not texts else f"{len(texts)} were given: quote the SQL as one argument"
-            )
+            given = "none was given" if not texts else f"{len(texts)} were given: quote the SQL as one argument"
             raise UserError(f"query takes one SQL text or FILE.sql; {given}")
         return query(cfg, texts[0], params)
 
@@ -257,9 +255,7 @@ def _write_table(result: duckdb.DuckDBPyConnection, file: TextIO, most: int) -> 
     cells = [[_cell(value) for value in row] for row in rows]
     natural = [max(len(name), *(len(row[i]) for row in cells), 1) for i, name in enumerate(columns)]
     # A number cut short would be another number: only text and headers give way.
-    least = [
-        max(8, *(len(row[i]) for row in cells)) if numeric[i] and cells else 8 for i in range(len(columns))
-    ]
+    least = [max(8, *(len(row[i]) for row in cells)) if numeric[i] and cells else 8 for i in range(len(columns))]
     widths = _fit(natural, least, shutil.get_terminal_size((120, 40)).columns)
 
     def line(row: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """Training of value heads from cached features, beside d3rlpy's IQL on the same features in the same run.
 
-    python analysis/benchmarks/heads.py [json=true] [updates=60] [repeats=5] [threads=2,1] [batch=256,2048]
+    python analysis/benchmarks/heads.py [json=true] [updates=30] [repeats=5] [threads=2,1] [batch=256,2048]
 
 Transitions a second, drawing of batches included. Features are 768 numbers for each state and each action, random (the
 time does not depend on what they are), in ragged episodes of 1 to 30 steps. Every repeat runs all the rows below one
@@ -17,6 +17,7 @@ after another for as many updates, and medians over the repeats are compared.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -217,7 +218,8 @@ def measure(updates: int, repeats: int, threads: list[int], batches: list[int]) 
 
     features, replay, tokens = replay_of(2_000)
     cached = CachedBatches(features, replay, tokens, torch.device("cpu"))
-    data = dataset(cached(np.arange(len(replay))))
+    with contextlib.redirect_stdout(sys.stderr):  # d3rlpy logs there
+        data = dataset(cached(np.arange(len(replay))))
     torch.manual_seed(0)
     rows: dict[str, Timed] = {
         "peer": peer(data, stock=False),
@@ -241,7 +243,8 @@ def measure(updates: int, repeats: int, threads: list[int], batches: list[int]) 
             paired = [mine / theirs for mine, theirs in zip(seen["ours"], seen["peer"], strict=True)]
             table.append({
                 "threads": n_threads, "batch": batch_size, **medians,
-                "ratio": round(medians["ours"] / medians["peer"], 2), "ratio_range": [round(min(paired), 2), round(max(paired), 2)],
+                "ratio": round(medians["ours"] / medians["peer"], 2),
+                "ratio_range": [round(min(paired), 2), round(max(paired), 2)],
                 "critic_to_stock": round(medians["ours_critic"] / medians["peer_stock"], 2),
                 "critic_to_floor": round(medians["floor"] / medians["ours_critic"], 2), "goal": GOAL.get(batch_size),
             })  # fmt: skip
@@ -264,7 +267,7 @@ def measure(updates: int, repeats: int, threads: list[int], batches: list[int]) 
 
 
 def main(argv: list[str]) -> None:
-    given = {"json": "false", "updates": "60", "repeats": "5", "threads": "2,1", "batch": "256,2048"}
+    given = {"json": "false", "updates": "30", "repeats": "5", "threads": "2,1", "batch": "256,2048"}
     for argument in argv:
         key, _, value = argument.partition("=")
         if key not in given:

@@ -32,9 +32,7 @@ class Layout:
     @cached_property
     def masks(self) -> list[Tensor | None]:
         """For sequences of several branches: bool [M, P + M], what each of their M tokens may see; else None."""
-        return [
-            _branch_mask(p, b) if len(b) > 1 else None for p, b in zip(self.prompts, self.branches, strict=True)
-        ]
+        return [_branch_mask(p, b) if len(b) > 1 else None for p, b in zip(self.prompts, self.branches, strict=True)]
 
     def positions(self) -> Tensor:
         """int64 [L]: positions restart with every prompt, and behind the prompt with every branch."""

@@ -1,7 +1,8 @@
 """From a step to the parts of its prompt, and from tokens of parts to one prompt within a budget.
 
-A prompt is `frame | history | page | goal | frame`, a response follows it. The goal stands last, so that one encoding of a
-page can be asked about many goals (`models.represent`). Each part is tokenised by itself and the ids are joined, so that the boundary between prompt and response is a token boundary for every tokenizer
+A prompt is `frame | history | page | goal | frame`, a response follows it. The goal stands last, so that one
+encoding of a page can be asked about many goals (`models.represent`). Each part is tokenised by itself and the ids
+are joined, so that the boundary between prompt and response is a token boundary for every tokenizer
 (DESIGN section 4, trap 6), and the tokens of [s; a] begin with the tokens of [s] whatever a is.
 """
 

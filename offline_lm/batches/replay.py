@@ -83,7 +83,9 @@ class Replay:
         return self.offsets[1:][self.episode_of] - 1 - np.arange(len(self))
 
 
-def select(db: duckdb.DuckDBPyConnection, *, where: str, gamma: float, truncated: str, held_out: float, seed: int) -> Replay:
+def select(
+    db: duckdb.DuckDBPyConnection, *, where: str, gamma: float, truncated: str, held_out: float, seed: int
+) -> Replay:
     """The steps of the episodes for which the SQL condition `where` holds.
 
     Args:
@@ -100,7 +102,7 @@ def select(db: duckdb.DuckDBPyConnection, *, where: str, gamma: float, truncated
     if table.num_rows == 0:
         ((total,),) = db.sql("SELECT count(*) FROM episodes").fetchall()
         if total == 0:
-            raise UserError("the store holds no episodes: ingest a log first (python -m offline_lm.ingest source=... path=...)")
+            raise UserError("the store holds no episodes: run `python -m offline_lm.ingest path=LOGS` first")
         raise UserError(f"data.where={where!r} selects none of the store's {total} episodes")
     column = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
     first = np.flatnonzero(np.r_[True, column["episode_id"][1:] != column["episode_id"][:-1]])
@@ -113,11 +115,12 @@ def select(db: duckdb.DuckDBPyConnection, *, where: str, gamma: float, truncated
     cut_off = cut & ~(known & (truncated == "outcome"))
     continues = torch.from_numpy((~terminated).astype(np.float64))
     torch_offsets = torch.from_numpy(offsets)
-    returns = discounted_returns(torch.from_numpy(np.where(cut_off, np.nan, reward)), continues, torch_offsets, gamma=gamma)
+    labelled = torch.from_numpy(np.where(cut_off, np.nan, reward))
+    returns = discounted_returns(labelled, continues, torch_offsets, gamma=gamma)
     returns = np.where(final, np.nan, returns.numpy())
 
     tasks = [str(t) for t in column["task"][first]]
-    success, outcome = (table[n].to_numpy(zero_copy_only=False)[first].astype(np.float64) for n in ("success", "outcome_reward"))
+    success, outcome = (column[name][first].astype(np.float64) for name in ("success", "outcome_reward"))
     return Replay(
         episode_ids=[str(e) for e in column["episode_id"][first]],
         offsets=offsets,

@@ -23,7 +23,7 @@ class Tokens:
     """N states and the A responses to them, in the order of the steps that they were made from.
 
     Attributes:
-        prompt_ids, prompt_ptr: ids of all prompts end to end; state n's are `prompt_ids[prompt_ptr[n]:prompt_ptr[n+1]]`.
+        prompt_ids, prompt_ptr: ids of all prompts end to end; state n's are those at `prompt_ptr[n]:prompt_ptr[n+1]`.
         response_ids, response_ptr: the same for responses, end-of-turn token included.
         branch_ptr: int [N+1]; the responses of state n are `branch_ptr[n]:branch_ptr[n+1]`, the executed one first.
         acted: bool [N]; false for final observations and steps with no logged action.
@@ -112,7 +112,8 @@ def tokenize(steps: Iterable[dict[str, Any]], tokenizer: Any, *, max_tokens: int
             options = [next(ids) + end for _ in _options(row)]
             if row["episode_id"] != episode:
                 # a step scored by itself brings its past along
-                episode, past = row["episode_id"], _encode(tokenizer, [render.past_text(a) for a in row.get("past", ())])
+                episode = row["episode_id"]
+                past = _encode(tokenizer, [render.past_text(a) for a in row.get("past", ())])
             own = row["tokenizer_id"] == tokenizer.name_or_path
             if own and row["response_token_ids"] is not None:
                 options[0] = list(row["response_token_ids"])

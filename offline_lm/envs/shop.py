@@ -89,7 +89,9 @@ class Site:
             return tuple(str(w) for w in rng.permutation(words)[:n])
 
         wording = {button: str(rng.choice(names)) for button, names in _WORDING.items()}
-        return cls(seed, pick(_NOUNS, nouns), pick(_COLOURS, colours), pick(_MATERIALS, materials), pick(_SIZES, 5), wording)
+        return cls(
+            seed, pick(_NOUNS, nouns), pick(_COLOURS, colours), pick(_MATERIALS, materials), pick(_SIZES, 5), wording
+        )
 
 
 class Task:
@@ -148,7 +150,10 @@ class Task:
             case ("queue",):  # the dead end: nothing leads out, the step limit ends it
                 return [(f"click[{w['wait']}]", state, 0.0), (f"click[{w['home']}]", state, 0.0)]
             case ("results", shelf, page):
-                moves = [(f"click[{self.products[i].title}]", ("product", i, None, state), 0.0) for i in self._shelves[shelf, page]]
+                moves = [
+                    (f"click[{self.products[i].title}]", ("product", i, None, state), 0.0)
+                    for i in self._shelves[shelf, page]
+                ]
                 if (shelf, 1 - page) in self._shelves:
                     moves.append((f"click[{w['previous' if page else 'next']}]", ("results", shelf, 1 - page), 0.0))
                 return [*moves, (f"click[{w['home']}]", home, 0.0)]
@@ -210,7 +215,10 @@ class Task:
                 lines = [f"Results for {shelf}, page {page + 1}:"]
                 lines += [f"{self.products[i].title} ${self.products[i].price}" for i in self._shelves[shelf, page]]
             case ("product", i, size, _):
-                lines = [f"Product: {self.products[i].title} ${self.products[i].price}", f"Sizes: {', '.join(self.sizes)}"]
+                lines = [
+                    f"Product: {self.products[i].title} ${self.products[i].price}",
+                    f"Sizes: {', '.join(self.sizes)}",
+                ]
                 lines.append(f"Selected: {size or 'none'}")
             case ("basket", i, size, _):
                 lines = [f"Basket: {self.products[i].title}", f"Selected: {size or 'none'}"]
@@ -344,8 +352,9 @@ def _rollout(task: Task, name: str, policy: np.ndarray, trial: int, rng: np.rand
         s = int(task.next[s, a])
     done = s < 0
     episode = {
-        "episode_id": f"{task.task_id}/{trial}", "benchmark": "shop", "task_id": task.task_id, "site": f"shop{task.site.seed}",
-        "goal": task.goal, "trial": trial, "policy_id": name, "policy_kind": "scripted",
+        "episode_id": f"{task.task_id}/{trial}", "benchmark": "shop", "task_id": task.task_id,
+        "site": f"shop{task.site.seed}", "goal": task.goal, "trial": trial,
+        "policy_id": name, "policy_kind": "scripted",
         "outcome_reward": reward, "success": reward == 1.0, "terminated": done, "truncated": not done,
         "end_reason": "env_done" if done else "step_limit", "steps": steps,
     }  # fmt: skip

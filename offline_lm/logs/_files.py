@@ -69,9 +69,7 @@ def _read(stream: IO[bytes], path: Path, size: int, *, line: bool) -> bytes:
         return stream.readline(size) if line else stream.read(size)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise Damaged(str(error)) from None
-    except (
-        OSError
-    ) as error:  # pyarrow reports a bad zstd frame so; an OSError of the disk itself has an errno
+    except OSError as error:  # pyarrow reports a bad zstd frame so; an OSError of the disk itself has an errno
         if error.errno is not None or path.suffix != ".zst":
             raise
         raise Damaged(str(error)) from None

@@ -218,9 +218,7 @@ def converters(cls: type, without: tuple[str, ...] = (), **replaced: Converter) 
     }
 
 
-def convert(
-    known: Mapping[str, Converter], value: dict[str, Any], place: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def convert(known: Mapping[str, Converter], value: dict[str, Any], place: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """(fields converted, keys that are not among them). Null is the same as absent."""
     kept: dict[str, Any] = {}
     unknown: dict[str, Any] = {}

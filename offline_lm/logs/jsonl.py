@@ -150,9 +150,7 @@ _EPISODE: dict[str, Converter] = {
         Episode,
         without=("source", "steps", "uri", "sha256", "quality_flags"),
         policy_kind=one_of("llm", "human", "scripted", "search"),
-        end_reason=one_of(
-            "env_done", "agent_stop", "step_limit", "time_limit", "agent_error", "env_error", "unknown"
-        ),
+        end_reason=one_of("env_done", "agent_stop", "step_limit", "time_limit", "agent_error", "env_error", "unknown"),
     ),
     "quality_flags": converters(Episode)["quality_flags"],
 }
@@ -226,12 +224,8 @@ def _steps(value: dict[str, Any], offset: int) -> tuple[list[dict[str, Any]], di
     after = value.get("final_observation")
     if after is not None:
         if final is not None:
-            raise Bad(
-                "two_final_observations", "final_observation stands beside a last step that is one; keep one"
-            )
-        final, unknown = _step(
-            {"observation": after} if type(after) is str else after, "final_observation", offset
-        )
+            raise Bad("two_final_observations", "final_observation stands beside a last step that is one; keep one")
+        final, unknown = _step({"observation": after} if type(after) is str else after, "final_observation", offset)
         final |= {"is_final_observation": True}
         odd = odd or unknown
     if not steps:
@@ -241,15 +235,11 @@ def _steps(value: dict[str, Any], offset: int) -> tuple[list[dict[str, Any]], di
         if step.get("is_final_observation"):
             raise Bad("final_observation_not_last", f"{place} is a final observation but not the last step")
         if "observation" not in step and "messages" not in step:
-            raise Bad(
-                "missing_observation", f"{place} has no observation and no messages; log what the agent saw"
-            )
+            raise Bad("missing_observation", f"{place} has no observation and no messages; log what the agent saw")
         if "action" not in step and "response" not in step:
             raise Bad("missing_action", f"{place} has neither action nor response; log what the agent did")
         if i + 1 < len(steps) and (step.get("terminated") or step.get("truncated")):
-            raise Bad(
-                "steps_after_end", f"{place} ends the episode, yet steps follow; split it into two episodes"
-            )
+            raise Bad("steps_after_end", f"{place} ends the episode, yet steps follow; split it into two episodes")
     if final is not None:
         _check_final(final)
     return steps, final, odd
@@ -261,9 +251,7 @@ def _step(item: Any, place: str, offset: int) -> tuple[dict[str, Any], bool]:
     step, unknown = convert(_STEP, item, f"{place}.")
     ids, logprobs = step.get("response_token_ids"), step.get("response_logprobs")
     if ids is not None and logprobs is not None and len(ids) != len(logprobs):
-        message = (
-            f"{place} has {len(ids)} response_token_ids and {len(logprobs)} response_logprobs; log one each"
-        )
+        message = f"{place} has {len(ids)} response_token_ids and {len(logprobs)} response_logprobs; log one each"
         raise Bad("length_mismatch", message)
     _logprob(step.get("behavior_logprob"), f"{place}.behavior_logprob")
     for i, logprob in enumerate(logprobs or ()):

@@ -427,9 +427,7 @@ def _gesture(pages: list[State], events: list[int], at: int) -> tuple[dict[str, 
             up = state
         elif kind == "click":
             click = click or state
-        elif not (
-            kind == "scroll" and up is None
-        ):  # scrolling with the button held: a scroll bar, or selecting
+        elif not (kind == "scroll" and up is None):  # scrolling with the button held: a scroll bar, or selecting
             break
         end = state
         at += 1
@@ -476,9 +474,7 @@ def _stray(state: State, steps: list[dict[str, Any]]) -> dict[str, Any] | None:
     return None  # the button went down, or the key, before the recording began
 
 
-def _keys(
-    pages: list[State], events: list[int], at: int, shortcuts: set[int]
-) -> tuple[dict[str, Any] | None, int]:
+def _keys(pages: list[State], events: list[int], at: int, shortcuts: set[int]) -> tuple[dict[str, Any] | None, int]:
     """One key that acts by itself, or a run of keys on one element. Modifiers alone are no action."""
     first = end = pages[events[at]]
     node = _target(first)

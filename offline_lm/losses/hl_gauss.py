@@ -55,17 +55,13 @@ def make_support(
     if not low < high:
         raise ValueError(f"low must be below high: {low}, {high}")
     if inner < 2:
-        raise ValueError(
-            f"{bins} bins are too few: {2 * margin} of them are margin; give at least {2 * margin + 2}"
-        )
+        raise ValueError(f"{bins} bins are too few: {2 * margin} of them are margin; give at least {2 * margin + 2}")
     width = (high - low) / inner
     steps = torch.arange(-margin, inner + margin + 1, dtype=dtype, device=device)
     return Support(edges=low + width * steps, low=low, high=high, sigma=sigma_to_width * width)
 
 
-def out_of_range(
-    y: Float[Tensor, " n"], support: Support, mask: Bool[Tensor, " n"] | None = None
-) -> Int[Tensor, ""]:
+def out_of_range(y: Float[Tensor, " n"], support: Support, mask: Bool[Tensor, " n"] | None = None) -> Int[Tensor, ""]:
     """How many targets `hl_gauss_targets` will clamp: report it, since a clamped target is a wrong one."""
     outside = (y < support.low) | (y > support.high)
     return (outside if mask is None else outside & mask).sum()
@@ -92,8 +88,7 @@ def _cross_entropy(
 ) -> Float[Tensor, "*k n"]:
     if y.dim() != 1 or logits.shape[-2:] != (y.shape[0], support.edges.numel() - 1):
         raise ValueError(
-            f"logits of shape {tuple(logits.shape)} for {tuple(y.shape)} targets"
-            f" and {support.edges.numel() - 1} bins"
+            f"logits of shape {tuple(logits.shape)} for {tuple(y.shape)} targets and {support.edges.numel() - 1} bins"
         )
     if mask is not None:
         y = y.where(mask, support.low)

@@ -38,8 +38,6 @@ def masked_difference(
             ``[n]`` would give ``[n, n]`` and train every value on the mean target, without an error.
     """
     if target.dim() != 1 or prediction.shape[-1:] != target.shape:
-        raise ValueError(
-            f"predictions of shape {tuple(prediction.shape)} for targets of shape {tuple(target.shape)}"
-        )
+        raise ValueError(f"predictions of shape {tuple(prediction.shape)} for targets of shape {tuple(target.shape)}")
     difference = target.detach() - prediction
     return difference if mask is None else difference.where(mask, 0.0)

@@ -21,9 +21,7 @@ def sequence_logprob(
         ValueError: ``reduce`` is neither, or shapes disagree.
     """
     if mask.shape != logprobs.shape:
-        raise ValueError(
-            f"mask of shape {tuple(mask.shape)} for log-probabilities of {tuple(logprobs.shape)}"
-        )
+        raise ValueError(f"mask of shape {tuple(mask.shape)} for log-probabilities of {tuple(logprobs.shape)}")
     total = logprobs.where(mask, 0.0).sum(dim=-1)
     if reduce == "sum":
         return total

@@ -66,13 +66,7 @@ def reverse_scan(
 
 def _lengths(offsets: Int[Tensor, " e+1"], n: int) -> Int[Tensor, " e"]:
     lengths = offsets.diff()
-    if (
-        offsets.dim() != 1
-        or offsets.numel() == 0
-        or offsets[0] != 0
-        or offsets[-1] != n
-        or (lengths < 0).any()
-    ):
+    if offsets.dim() != 1 or offsets.numel() == 0 or offsets[0] != 0 or offsets[-1] != n or (lengths < 0).any():
         raise ValueError(f"offsets must rise from 0 to the number of steps, {n}")
     return lengths
 

@@ -52,7 +52,9 @@ def packed_attention(
     if layout is None:
         raise ValueError(f"{type(module).__name__} did not pass on `layout`: this architecture cannot be packed")
     if softcap is not None or s_aux is not None:
-        raise ValueError(f"{type(module).__name__} caps its logits or has attention sinks, which packed attention does not compute")
+        raise ValueError(
+            f"{type(module).__name__} caps its logits or has attention sinks, which packed attention does not compute"
+        )
     if sliding_window is not None and max(layout.lengths) > sliding_window:
         raise ValueError(
             f"a sequence of {max(layout.lengths)} tokens exceeds the model's window of {sliding_window}:"

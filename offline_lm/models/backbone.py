@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as token_models
-from tokenizers import trainers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from offline_lm.errors import UserError
 from offline_lm.batches.pack import Layout
+from offline_lm.errors import UserError
 from offline_lm.models.attention import NAME
 
 END = "<|end|>"
@@ -33,9 +32,12 @@ def load(path: str, dtype: str = "auto") -> tuple[Any, Any]:
         )
     except (OSError, ValueError) as e:
         reason = str(e).strip().splitlines()[0]
-        raise UserError(f"model.path={path}: no causal language model could be loaded ({reason}); give a folder with config.json, tokenizer.json and *.safetensors, or a hub name") from e  # fmt: skip
+        raise UserError(
+            f"model.path={path}: no causal language model could be loaded ({reason}); give a folder with config.json,"
+            " tokenizer.json and *.safetensors, or a hub name"
+        ) from e
     if tokenizer.eos_token is None:
-        raise UserError(f"model.path={path}: its tokenizer has no end-of-sequence token, so that an action's end has no mark")
+        raise UserError(f"model.path={path}: its tokenizer has no end-of-sequence token to end an action with")
     check_packing(model)
     return model, tokenizer
 
@@ -134,7 +136,7 @@ def check_packing(model: Any) -> None:
     """Refuse an architecture whose packed sequences see each other (recurrent layers, unread layouts).
 
     Raises:
-        UserError: the hidden states of packed sequences differ from those of each alone, or its attention cannot be packed.
+        UserError: packed sequences have other hidden states than each alone, or its attention cannot be packed.
     """
     g = torch.Generator().manual_seed(0)
     # a prompt with two responses, and another prompt behind them

@@ -72,7 +72,9 @@ class EncodedBatches:
     def __call__(self, rows: Array) -> Batch:
         acted = np.asarray(self.tokens.acted[rows])
         first = self.tokens.branch_ptr[rows]
-        ids, layout = pack(self.tokens, rows.tolist(), [[a] if has else [] for a, has in zip(first, acted, strict=True)])
+        ids, layout = pack(
+            self.tokens, rows.tolist(), [[a] if has else [] for a, has in zip(first, acted, strict=True)]
+        )
         ids = ids.to(self.device)
         at_v, at_q = (x.to(self.device) for x in layout.readouts())
         has = torch.from_numpy(acted).to(self.device)

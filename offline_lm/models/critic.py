@@ -54,7 +54,7 @@ class Critic:
         """
         folder = Path(run)
         if not (folder / "critic.json").is_file():
-            raise UserError(f"{folder} holds no critic (critic.json): give the folder of a run of offline_lm.fit, STORE/runs/RUN_ID")
+            raise UserError(f"{folder} holds no critic.json: give the folder of a run of fit, STORE/runs/RUN_ID")
         config = json.loads((folder / "critic.json").read_text())
         path = config["backbone"] or str(folder / "backbone")
         model, tokenizer = backbone.load(path, config["dtype"])
@@ -92,7 +92,8 @@ class Critic:
         tokens = tokenize(steps, self.tokenizer, max_tokens=self.config["max_tokens"], history=self.config["history"])
         if not tokens.usable.all():
             bad = done + int(np.flatnonzero(~tokens.usable)[0])
-            raise UserError(f"input record {bad}: goal and action alone exceed the critic's max_tokens={self.config['max_tokens']}")
+            limit = self.config["max_tokens"]
+            raise UserError(f"input record {bad}: goal and action alone exceed the critic's max_tokens={limit}")
         lengths = (np.diff(tokens.prompt_ptr) + np.diff(tokens.response_ptr[tokens.branch_ptr])).tolist()
         device = next(self.model.parameters()).device
         for states in rows(lengths, token_budget):

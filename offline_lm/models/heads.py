@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float
@@ -39,7 +40,7 @@ class Head(nn.Module):
         sizes = [width, hidden, hidden, out]
         # Without its own gain and bias, which the first layer has already: a backward product the less.
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.weights = nn.ParameterList(nn.Parameter(_uniform(k, a, b)) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.weights = nn.ParameterList(nn.Parameter(_uniform(k, a, b)) for a, b in pairwise(sizes))
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(k, 1, b)) for b in sizes[1:])
         with torch.no_grad():
             self.weights[-1].mul_(0.1)  # values start near 0, where most returns are
@@ -69,8 +70,10 @@ class Head(nn.Module):
             return squared_loss(raw, target, mask)
         return hl_gauss_loss(raw, target, self.support, mask)
 
-    def expectile(self, raw: Tensor, target: Float[Tensor, " n"], tau: float, mask: Bool[Tensor, " n"]) -> Float[Tensor, ""]:
-        """Expectile regression of an ensemble of one onto `target` (Kostrikov 2021, eq. 5), or its HL-Gauss surrogate."""
+    def expectile(
+        self, raw: Tensor, target: Float[Tensor, " n"], tau: float, mask: Bool[Tensor, " n"]
+    ) -> Float[Tensor, ""]:
+        """Expectile regression of an ensemble of one (Kostrikov 2021, eq. 5), or its HL-Gauss surrogate."""
         if self.support is None:
             return iql_value_loss(raw[0], target, tau, mask)
         return hl_gauss_expectile_loss(raw[0], target, self.support, tau, mask)

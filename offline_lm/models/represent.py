@@ -42,9 +42,13 @@ class Questions(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.effect = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
-        self.swap = nn.Sequential(nn.LayerNorm(2 * width), nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, 1))
+        self.swap = _mlp(2 * width, width, 1)
         self.goal = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
-        self.returns = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 2))
+        self.returns = _mlp(width, width, 2)
+
+
+def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(inputs), nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,8 @@ class Drawn:
     Attributes:
         ids: int64 [L]; targets: int64 [L]: the next token, -100 where none follows.
         layout: of the row.
-        action, after, changed: [P]: the branch of an executed action, the prompt of the state after it, and float32 whether
-            the page changed.
+        action, after, changed: [P]: the branch of an executed action, the prompt of the state after it, and float32
+            whether the page changed.
         other: int64 [P]: the branch of another action of the same page, -1 where there is none.
         goals: int64 [G, K]: branches that differ in their goal alone; the first has the episode's own.
         returns: float32 [G]: the logged return there, NaN where unknown.
@@ -89,7 +93,9 @@ def loss(model: Any, questions: Questions, batch: Drawn, weights: Weights) -> di
         parts["goal_swap"] = weights.goal_swap * (_first_of(logits) + binary_cross_entropy_with_logits(logits, truth))
     known = ~batch.returns.isnan()
     if weights.returns and known.any():
-        read = questions.returns(actions[batch.goals[known, 0]]).gather(1, batch.acted[known, None].to(model.device))[:, 0]
+        read = questions.returns(actions[batch.goals[known, 0]]).gather(1, batch.acted[known, None].to(model.device))[
+            :, 0
+        ]
         parts["returns"] = weights.returns * mse_loss(read, batch.returns[known].to(model.device))
     if not len(batch.action):
         return parts
@@ -128,8 +134,8 @@ def draw(
     """Endless batches of about `token_budget` tokens from the training episodes.
 
     A batch is pages with their own goal and others', each page encoded once for all of them; half of these are read
-    before the action, where V is read, half behind it, where Q is. After `pairs_after` tokens a quarter of each batch is
-    pairs of consecutive states, for the other questions: asked from the start, they are learnt first and by
+    before the action, where V is read, half behind it, where Q is. After `pairs_after` tokens a quarter of each batch
+    is pairs of consecutive states, for the other questions: asked from the start, they are learnt first and by
     shortcuts, and goal matching took more than twice as long.
     """
     rng = np.random.default_rng(seed)
@@ -143,13 +149,13 @@ def draw(
     seen = 0
     while use_goals or use_pairs:
         row = _Row()
-        while use_pairs and (seen >= pairs_after or not use_goals) and row.length < token_budget / (4 if use_goals else 1):
+        share = 0.25 if use_goals else 1.0
+        while use_pairs and (seen >= pairs_after or not use_goals) and row.length < share * token_budget:
             n = int(rng.choice(followed))
             first, stop = tokens.branch_ptr[n], tokens.branch_ptr[n + 1]
             shown = [int(first)] + ([int(rng.integers(first + 1, stop))] if stop - first > 1 else [])
-            row.pair(
-                tokens.prompt(n), [tokens.response(a) for a in shown], tokens.prompt(n + 1), tokens.page[n] != tokens.page[n + 1]
-            )
+            changed = tokens.page[n] != tokens.page[n + 1]
+            row.pair(tokens.prompt(n), [tokens.response(a) for a in shown], tokens.prompt(n + 1), changed)
         while use_goals and row.length < token_budget:
             n = int(rng.choice(askable, p=likely))
             start, stop = tokens.goal_ptr[n]
@@ -229,7 +235,8 @@ class _Row:
         """A state with its executed action, perhaps another one, and the state that followed."""
         branches = self._add(prompt, responses, True)
         self._add(after, [], True)
-        self.pairs.append((branches[0], len(self.prompts) - 1, float(changed), branches[1] if len(branches) > 1 else -1))
+        other = branches[1] if len(branches) > 1 else -1
+        self.pairs.append((branches[0], len(self.prompts) - 1, float(changed), other))
 
     def goals(self, page: Array, endings: list[Array], returned: float, acted: bool) -> None:
         """A page with several goals; the first is its own."""
@@ -287,7 +294,7 @@ def train(
         parts = loss(model, questions, batch, weights)
         total = torch.stack(list(parts.values())).sum()
         if not total.isfinite():
-            raise FloatingPointError(f"the representation loss is {total.item()} after {seen} tokens: lower model.stage.lr")
+            raise FloatingPointError(f"the loss is {total.item()} after {seen} tokens: lower model.stage.lr")
         optimizer.zero_grad()
         total.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)

@@ -1,4 +1,4 @@
-"""What a critic is worth: ranking, calibration and action sensitivity, and the baselines beside it (DESIGN section 6)."""
+"""What a critic is worth: ranking, calibration, action sensitivity, and the baselines beside it (DESIGN section 6)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def calibration_error(probability: Array, outcome: Array, bins: int = 10) -> flo
     if not len(outcome):
         return NAN
     bin_of = np.clip((probability * bins).astype(int), 0, bins - 1)
-    gaps = [abs(probability[bin_of == b].mean() - outcome[bin_of == b].mean()) * np.mean(bin_of == b) for b in np.unique(bin_of)]
+    gaps = [
+        abs(probability[bin_of == b].mean() - outcome[bin_of == b].mean()) * np.mean(bin_of == b)
+        for b in np.unique(bin_of)
+    ]
     return float(np.sum(gaps))
 
 
@@ -72,10 +75,11 @@ def position_only(replay: Replay) -> Array:
 
 @dataclass(frozen=True)
 class Estimates:
-    """What a critic says of every row: v [N], and q [A] for every response of `Tokens`, or None."""
+    """What a critic says: v [N] of every row, q [A] of every response of `Tokens`, and the ensemble [k, A] behind q."""
 
     v: Array
     q: Array | None
+    ensemble: Array | None = None
 
 
 def judge(estimates: Estimates, replay: Replay, tokens: Tokens, rows: Array) -> dict[str, float]:
@@ -142,7 +146,8 @@ def verdict(name: str, table: dict[str, dict[str, float]]) -> list[str]:
         if baseline in table and baseline != name and not math.isnan(own["auc_mid"]):
             mine, theirs = own["auc_mid"], table[baseline]["auc_mid"]
             relation = "beats" if mine > theirs else "does NOT beat"
-            words.append(f"{name} {relation} {baseline} at telling success from V at mid-episode: AUC {mine:.3f} against {theirs:.3f}")
+            measured = f"AUC {mine:.3f} against {theirs:.3f}"
+            words.append(f"{name} {relation} {baseline} at telling success from V at mid-episode: {measured}")
     if own.get("spread", 1.0) < 0.05:
         words.append(f"{name}: its Q hardly varies (std {own['spread']:.3f} of the returns'): a dead head")
     if own.get("sensitivity", 1.0) < 0.01:

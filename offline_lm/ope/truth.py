@@ -67,7 +67,9 @@ def shop(critic: Scorer, tasks: Sequence[Task], *, gamma: float, tau: float | No
 
 def _score(critic: Scorer, task: Task) -> tuple[Array, Array]:
     """V [S] and Q [S, A] of the critic for every state of the task, seen without history; NaN where no action is."""
-    states = [{"goal": task.goal, "observation": task.page(s), "candidates": task.actions[s]} for s in range(len(task.states))]
+    states = [
+        {"goal": task.goal, "observation": task.page(s), "candidates": task.actions[s]} for s in range(len(task.states))
+    ]
     v, q = np.zeros(len(states)), np.full(task.next.shape, np.nan)
     for s, score in enumerate(critic.score(states)):
         v[s] = score.v

@@ -56,9 +56,7 @@ def explained(store: Store) -> Iterator[None]:
         yield
     except duckdb.Error as error:
         if broken := store.is_local and _first_broken(store):
-            raise UserError(
-                f"{broken[0]} cannot be read ({broken[1]}): restore it or ingest again"
-            ) from error
+            raise UserError(f"{broken[0]} cannot be read ({broken[1]}): restore it or ingest again") from error
         raise
 
 

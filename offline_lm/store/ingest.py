@@ -114,9 +114,7 @@ class _Batch:
     def commit(self) -> None:
         """Steps first: they show only once the episodes of the same ingest stand."""
         if self.rows:
-            self.store.append(
-                "steps", pa.Table.from_batches([rows.steps for rows in self.rows]).combine_chunks()
-            )
+            self.store.append("steps", pa.Table.from_batches([rows.steps for rows in self.rows]).combine_chunks())
             self.store.append("episodes", pa.Table.from_batches([rows.episode for rows in self.rows]))
         self.store.append("quarantine", self.quarantine)
         self.rows, self.quarantine, self.bytes = [], [], 0
@@ -178,9 +176,7 @@ def _quarantine_row(rejected: Rejected, ingest_id: str) -> dict[str, Any]:
         "sha256": None if rejected.sha256 is None else _text(rejected.sha256),
         "reason": rejected.reason,
         "message": _text(rejected.message),
-        "excerpt": None
-        if rejected.excerpt is None
-        else _SECRET.sub("[redacted]", _text(rejected.excerpt))[:200],
+        "excerpt": None if rejected.excerpt is None else _SECRET.sub("[redacted]", _text(rejected.excerpt))[:200],
         "ingest_id": ingest_id,
         "quarantined_at": datetime.now(UTC),
     }

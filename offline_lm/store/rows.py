@@ -61,9 +61,7 @@ def convert(episode: Episode, ingest_id: str) -> Rows:
     """
     _check_steps(episode.steps)
     try:
-        episode_id = str(
-            uuid.uuid5(EPISODE_NAMESPACE, _json([episode.source, episode.dataset, episode.native_id]))
-        )
+        episode_id = str(uuid.uuid5(EPISODE_NAMESPACE, _json([episode.source, episode.dataset, episode.native_id])))
         steps = [_step_row(step, episode_id, ingest_id) for step in episode.steps]
         row = _episode_row(episode, episode_id, ingest_id)
         _check_finite(row, steps)
@@ -87,9 +85,7 @@ def _check_steps(steps: tuple[Step, ...]) -> None:
         if type(step.step) is not int or step.step < 0:
             raise Invalid("step_order", f"step index {step.step!r}: indices are whole numbers from 0")
         if i and step.step != steps[i - 1].step + 1:
-            raise Invalid(
-                "step_order", f"step {step.step} follows step {steps[i - 1].step}: indices rise by one"
-            )
+            raise Invalid("step_order", f"step {step.step} follows step {steps[i - 1].step}: indices rise by one")
         acts = step.action is not None or step.response is not None
         if step.is_final_observation and (acts or i != last):
             where = "has an action" if acts else "is not the last step"
@@ -101,9 +97,7 @@ def _check_steps(steps: tuple[Step, ...]) -> None:
             raise Invalid("no_observation", f"step {step.step} has neither observation nor messages")
         if (step.terminated or step.truncated) and i != last and not steps[i + 1].is_final_observation:
             flag = "terminated" if step.terminated else "truncated"
-            raise Invalid(
-                "step_after_end", f"step {step.step} is {flag}, and step {steps[i + 1].step} follows it"
-            )
+            raise Invalid("step_after_end", f"step {step.step} is {flag}, and step {steps[i + 1].step} follows it")
 
 
 def _step_row(step: Step, episode_id: str, ingest_id: str) -> dict[str, Any]:

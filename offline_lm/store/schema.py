@@ -24,9 +24,7 @@ def _struct(**fields: pa.DataType) -> pa.StructType:
 
 CANDIDATE = _struct(action=_text, response=_text, logprob=_f64, score=_f64, source=_text, executed=_bool)
 LABEL = _struct(kind=_text, labeler=_text, name=_text, value=_f64, reason=_text)
-PROVENANCE = _struct(
-    adapter=_text, adapter_version=_text, uri=_text, sha256=_text, native_id=_text, licence=_text
-)
+PROVENANCE = _struct(adapter=_text, adapter_version=_text, uri=_text, sha256=_text, native_id=_text, licence=_text)
 SAMPLING = _struct(temperature=_f64, top_p=_f64, top_k=_i64, max_tokens=_i64, n=_i64, seed=_i64)
 SCREENSHOT = _struct(sha256=_text, mime=_text, status=_text)
 TARGET = _struct(ref=_text, tag=_text, role=_text, text=_text)

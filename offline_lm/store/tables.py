@@ -146,9 +146,7 @@ class Store:
         if name in (run_id for run_id, _ in runs):
             return name
         if not runs:
-            raise UserError(
-                f"no run in {self.url}: run `python -m offline_lm.fit data.store={self.url}` first"
-            )
+            raise UserError(f"no run in {self.url}: run `python -m offline_lm.fit data.store={self.url}` first")
         known = ", ".join(f"{run_id} ({status})" for run_id, status in runs[:10])
         problem = "no run is finished" if name == "latest" else f"no run `{name}`"
         raise UserError(f"{problem} in {self.url}; known, newest first: {known}")

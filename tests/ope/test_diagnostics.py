@@ -96,10 +96,19 @@ def tokens_of(replay, options):
     n, branches = len(replay), np.r_[0, np.cumsum(counts)]
     none = np.zeros(0, int)
     return Tokens(
-        prompt_ids=none, prompt_ptr=np.zeros(n + 1, int), response_ids=none,
-        response_ptr=np.zeros(branches[-1] + 1, int), branch_ptr=branches, acted=replay.acted, usable=np.ones(n, bool), candidate_ptr=np.zeros(n + 1, int),
-        candidate_branch=none, page=np.zeros(n, int), goal_ptr=np.zeros((n, 2), int), cuts=Cuts(),
-    )  # fmt: skip
+        prompt_ids=none,
+        prompt_ptr=np.zeros(n + 1, int),
+        response_ids=none,
+        response_ptr=np.zeros(branches[-1] + 1, int),
+        branch_ptr=branches,
+        acted=replay.acted,
+        usable=np.ones(n, bool),
+        candidate_ptr=np.zeros(n + 1, int),
+        candidate_branch=none,
+        page=np.zeros(n, int),
+        goal_ptr=np.zeros((n, 2), int),
+        cuts=Cuts(),
+    )
 
 
 def test_position_only_is_the_mean_return_at_that_position():

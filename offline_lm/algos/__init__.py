@@ -1,0 +1,1 @@
+"""One file an algorithm: what it needs of a batch, and one loss."""

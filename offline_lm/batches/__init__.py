@@ -1,0 +1,1 @@
+"""From rows of the store to packed tokens, and the replay that training draws from."""

@@ -1,0 +1,1 @@
+"""Text sites whose every value is known exactly."""

@@ -1,0 +1,1 @@
+"""What a critic is worth: diagnostics, and scores against exact truth."""
