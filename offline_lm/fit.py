@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from offline_lm import cli
 from offline_lm.algos.q_mc import QMC
-from offline_lm.batches import render
+from offline_lm.batches import questions, render
 from offline_lm.batches import replay as replays
 from offline_lm.batches.replay import Replay
 from offline_lm.batches.tokens import Tokens, tokenize
@@ -210,15 +210,19 @@ def tokens_key(cfg: DictConfig, store: Store, tokenizer: Any) -> str:
 
 
 def represent_stage(cfg: DictConfig, model: Any, tokens: Tokens, replay: Replay, run: Run) -> None:
-    """Train the backbone on its questions about the logs (see `represent`); no reward is used."""
+    """Train the backbone on questions about the logs (see `represent`)."""
     stage = cfg.model.stage
     if not stage.tokens:
         return
-    weights = represent.Weights(stage.goal_swap, stage.returns, stage.next_token, stage.effect, stage.action_swap)
-    drawn = represent.draw(
-        tokens, replay, weights, token_budget=stage.batch_tokens, goals_per_page=stage.goals_per_page,
-        pairs_after=int(stage.tokens * stage.goals_first), seed=cfg.seed,
-    )  # fmt: skip
+    weights = represent.Weights(stage.goal_swap, stage.returns, stage.next_token, stage.effect, stage.action_swap, stage.recall)
+    drawn = questions.draw(
+        tokens,
+        replay,
+        token_budget=stage.batch_tokens,
+        goals_per_page=stage.goals_per_page,
+        goals_first=int(stage.tokens * stage.goals_first) if stage.goal_swap else 0,
+        seed=cfg.seed,
+    )
     seen = 0
     with tqdm(total=stage.tokens, desc="represent", unit="token", unit_scale=True) as bar:
 
