@@ -23,7 +23,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -32,7 +32,7 @@ from offline_lm.errors import UserError
 
 Body = Callable[[DictConfig], Mapping[str, Any] | None]
 
-_VERBATIM = {"path", "store", "input", "output", "run_dir", "data.store"}
+_VERBATIM = {"path", "store", "input", "output", "run_dir", "data.store", "model.path", "run", "overrides"}
 """Keys whose value is a file name: taken as written, commas and brackets included."""
 
 _targets: ContextVar[frozenset[str] | None] = ContextVar("targets", default=None)
@@ -63,10 +63,37 @@ def instantiate(cfg: Any, *args: Any, **kwargs: Any) -> Any:
     """`hydra.utils.instantiate`, for a ``_target_`` that stands in our conf/ or the user's --config-dir.
 
     Raises:
-        UserError: any other ``_target_``, at whatever depth.
+        UserError: any other ``_target_``, at whatever depth; a value that the target refuses with a ValueError
+            (whose message may begin with ``name=value``), or an argument that it does not take.
     """
     _check_targets(cfg)
-    return hydra.utils.instantiate(cfg, *args, **kwargs)
+    try:
+        return hydra.utils.instantiate(cfg, *args, **kwargs)
+    except InstantiationException as error:
+        refused = error.__cause__
+        if not isinstance(refused, ValueError | TypeError):
+            raise
+        found = re.search(r"^full_key: (\S+)$", str(error), re.MULTILINE)
+        key, reason = found[1] if found else "", _line(refused)
+        separator = "" if not key else "." if re.match(r"\w+=", reason) else ": "
+        raise UserError(f"{key}{separator}{reason}") from error
+
+
+@contextmanager
+def replacing(output: Path) -> Iterator[Path]:
+    """A file to write beside ``output``, then renamed: what fails or is killed leaves the old file as it was.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    beside = output.with_name(f".{os.getpid()}.{output.name}")
+    try:
+        yield beside
+        beside.replace(output)
+    except OSError as error:
+        raise UserError(f"output={output} cannot be written: {error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

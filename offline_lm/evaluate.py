@@ -53,7 +53,7 @@ def _fresh(cfg: DictConfig, folder: Path, seed: int) -> list[dict[str, Any]]:
     _command("ingest", "source=jsonl", f"path={log}", f"store={url}")
     rows = []
     for algo in cfg.algos:
-        done = _command("fit", f"algo={algo}", f"data.store={url}", f"seed={seed}", "baselines=false", *cfg.overrides)
+        done = _command("fit", f"algo={algo}", f"data.store={url}", f"seed={seed}", "baselines=false", *cfg.overrides.split())
         rows.append({**judge(Store.open(url), done["run_id"]), "seconds": done["seconds"]})
         print(_line(rows[-1]), flush=True)
     return rows

@@ -5,14 +5,18 @@ The order of work is the order of this file: select, prepare (represent, tokenis
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import resource
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import duckdb
 import numpy as np
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from offline_lm import cli
@@ -22,7 +26,7 @@ from offline_lm.batches import replay as replays
 from offline_lm.batches.replay import Replay
 from offline_lm.batches.tokens import Tokens, tokenize
 from offline_lm.errors import UserError
-from offline_lm.models import backbone, features, represent
+from offline_lm.models import backbone, devices, features, represent
 from offline_lm.models.batching import CachedBatches, EncodedBatches
 from offline_lm.models.critic import Critic
 from offline_lm.models.features import Features
@@ -75,13 +79,13 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
                 "max_tokens": cfg.data.max_tokens,
                 "history": cfg.data.history,
                 "dtype": cfg.model.dtype,
-                "has_q": has_q(algo),
+                "has_q": algo.trains_q,
             }
             kept_outside = cfg.model.path is not None and cfg.model.train == "heads" and not cfg.model.stage.tokens
             critic = Critic(model, tokenizer, heads, settings)
             critic.save(run.folder, backbone_path=cfg.model.path if kept_outside else None)
 
-            estimates = {name: estimate(heads, feats, device, has_q(algo))}
+            estimates = {name: estimate(heads, feats, device, algo.trains_q)}
             if cfg.baselines:
                 estimates |= train_baselines(cfg, algo.gamma, feats, replay, tokens, device, name, run)
             store.append("values", values(run.run_id, replay, tokens, estimates[name], algo.gamma))
@@ -214,7 +218,9 @@ def represent_stage(cfg: DictConfig, model: Any, tokens: Tokens, replay: Replay,
     stage = cfg.model.stage
     if not stage.tokens:
         return
-    weights = represent.Weights(stage.goal_swap, stage.returns, stage.next_token, stage.effect, stage.action_swap, stage.recall)
+    weights = represent.Weights(
+        stage.goal_swap, stage.returns, stage.next_token, stage.effect, stage.action_swap, stage.recall
+    )
     drawn = questions.draw(
         tokens,
         replay,
@@ -279,11 +285,6 @@ def estimate(heads: Heads, feats: Features, device: torch.device, with_q: bool) 
     return Estimates(v.astype(np.float64), ensemble.min(axis=0), ensemble)
 
 
-def has_q(algo: Any) -> bool:
-    """Whether the algorithm trains Q: every one but those that say that they are a critic of states alone."""
-    return getattr(algo, "trains_q", True)
-
-
 def _slices(x: Array, device: torch.device, size: int = 65_536) -> Iterator[torch.Tensor]:
     for i in range(0, len(x), size):
         yield torch.from_numpy(np.array(x[i : i + size])).to(device)
@@ -321,18 +322,63 @@ def _return_range(replay: Replay) -> tuple[float, float]:
     return float(min(known.min(), 0.0)), float(max(known.max(), 0.0))
 
 
+_Rule = tuple[str, Callable[[Any], bool], str]
+
+
+def _one_of(*words: str) -> tuple[str, Callable[[Any], bool]]:
+    return f"one of {', '.join(words)}", lambda x: x in words
+
+
+def _number(x: Any, *kinds: type) -> bool:
+    return isinstance(x, kinds or (int, float)) and not isinstance(x, bool)
+
+
+_PARTS = " ".join(f"model.stage.{part.name}" for part in dataclasses.fields(represent.Weights))
+_RULES: tuple[_Rule, ...] = (
+    ("a whole number from 0", lambda x: _number(x, int) and x >= 0,
+        "seed data.history optim.warmup model.stage.tokens"),
+    ("a whole number from 1", lambda x: _number(x, int) and x >= 1,
+        "data.max_tokens optim.steps optim.batch_size optim.log_every optim.checkpoint_every model.vocab_size"
+        " model.width model.layers model.attention_heads model.stage.batch_tokens model.heads.ensemble"
+        " model.heads.hidden"),
+    ("a whole number from 2", lambda x: _number(x, int) and x >= 2, "model.stage.goals_per_page model.heads.bins"),
+    ("null or a whole number from 1", lambda x: x is None or (_number(x, int) and x >= 1), "threads"),
+    ("a number from 0", lambda x: _number(x) and 0 <= x < math.inf, f"optim.weight_decay {_PARTS}"),
+    ("a number above 0", lambda x: _number(x) and 0 < x < math.inf, "optim.lr optim.clip model.stage.lr"),
+    ("a number from 0 to 1", lambda x: _number(x) and 0 <= x <= 1, "model.stage.goals_first"),
+    ("a share of tasks from 0 to below 1", lambda x: _number(x) and 0 <= x < 1, "data.held_out"),
+    ("true or false", lambda x: isinstance(x, bool), "baselines logger.tensorboard"),
+    (*_one_of("heads", "full"), "model.train"),
+    (*_one_of("auto", "float32", "bfloat16", "float16"), "model.dtype"),
+    (*_one_of("mse", "hl_gauss"), "model.heads.loss"),
+    (*_one_of("outcome", "unknown"), "data.truncated"),
+)  # fmt: skip
+"""What is wanted, the test of it, and the keys that it holds for (those of them that the configuration has)."""
+
+
 def _checked(cfg: DictConfig) -> torch.device:
-    if cfg.model.train not in ("heads", "full"):
-        raise UserError(f"model.train={cfg.model.train}: heads or full")
-    if cfg.data.truncated not in ("outcome", "unknown"):
-        raise UserError(f"data.truncated={cfg.data.truncated}: outcome or unknown")
-    if not 0 <= cfg.data.held_out < 1:
-        raise UserError(f"data.held_out={cfg.data.held_out}: a share of tasks from 0 to below 1")
+    """The device to work on, after every mistake that can be seen before the work begins.
+
+    Raises:
+        UserError: a value of a wrong type or range, an unknown device, or a `run_dir` that cannot be written.
+    """
+    absent = object()
+    for wanted, holds, keys in _RULES:
+        for key in keys.split():
+            value = OmegaConf.select(cfg, key, default=absent)
+            if value is not absent and not holds(value):
+                raise UserError(f"{key}={value}: {wanted} is wanted")
+    if cfg.model.path is None and cfg.model.width % (2 * cfg.model.attention_heads):
+        raise UserError(f"model.width={cfg.model.width}: a multiple of twice model.attention_heads is wanted")
+    if cfg.run_dir is not None:
+        try:
+            Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=cfg.run_dir).close()
+        except OSError as error:
+            raise UserError(f"run_dir={cfg.run_dir} cannot be written: {error.strerror}") from error
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    if cfg.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(cfg.device)
+    return devices.device(cfg.device)
 
 
 def _say_selected(replay: Replay) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import csv
 import json
-import os
 import re
 import shutil
 import sys
@@ -76,12 +75,12 @@ def query(cfg: DictConfig, text: str, params: dict[str, str]) -> dict[str, Any] 
             values = bind(sql, statements[0].named_parameters, params, store)
             statement = statements[0]
             if format_ == "parquet" and output is not None:
-                with _replacing(output) as beside:
+                with cli.replacing(output) as beside:
                     columns = _write_parquet(db.sql(statement.query, params=values or None), beside)
                 return {"columns": columns, "output": str(output)}
             result = db.execute(statement, values or None)
             if output is not None:
-                with _replacing(output) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+                with cli.replacing(output) as beside, beside.open("w", encoding="utf-8", newline="") as file:
                     _write(result, format_, file, cfg.rows)
                 return {"columns": _columns(result), "output": str(output)}
             if cfg.json:
@@ -188,19 +187,6 @@ def _format(name: str | None, output: Path | None) -> str:
     if format_ == "parquet" and output is None:
         raise UserError("format=parquet needs output=FILE")
     return format_
-
-
-@contextmanager
-def _replacing(output: Path) -> Iterator[Path]:
-    """A file to write beside ``output``, then renamed: a query that fails leaves the old file as it was."""
-    beside = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        yield beside
-        beside.replace(output)
-    except OSError as error:
-        raise UserError(f"output={output} cannot be written: {error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _write_parquet(relation: duckdb.DuckDBPyRelation | None, file: Path) -> list[str]:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from offline_lm import cli
 from offline_lm.errors import UserError
+from offline_lm.models import devices
 from offline_lm.models.critic import Critic, Score
 from offline_lm.store import Store
 
@@ -51,7 +52,7 @@ def score(cfg: DictConfig) -> dict[str, Any]:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     critic = Critic.from_pretrained(find_run(cfg.run, cfg.store))
-    device = _device(cfg.device)
+    device = devices.device(cfg.device)
     critic.model.to(device)
     critic.heads.to(device)
 
@@ -61,7 +62,7 @@ def score(cfg: DictConfig) -> dict[str, Any]:
     work = score_parquet if kind == "Parquet" else score_jsonl
     started = time.monotonic()
     with (
-        _replacing(output) as beside,
+        cli.replacing(output) as beside,
         _naming(source),
         tqdm(desc="score", unit=" rows", file=sys.stderr, disable=None, mininterval=0.5) as bar,
     ):
@@ -209,15 +210,6 @@ def _kind(key: str, file: Path) -> str:
     raise UserError(f"{key}={file}: its name must end in .parquet, .jsonl or .jsonl.gz")
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.zeros((), device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        raise UserError(f"device={name}: {str(error).splitlines()[0]}") from error
-
-
 @contextmanager
 def _naming(source: Path) -> Iterator[None]:
     """Puts the input's name before what is wrong with it."""
@@ -235,19 +227,6 @@ def _reading() -> Iterator[None]:
     except (OSError, pa.ArrowException, zlib.error, EOFError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"it cannot be read ({reason}): restore it, or write it again") from error
-
-
-@contextmanager
-def _replacing(output: Path) -> Iterator[Path]:
-    """A file to write beside ``output``, then renamed: a run that is killed leaves no half file under its name."""
-    beside = output.with_name(f".{os.getpid()}.{output.name}")
-    try:
-        yield beside
-        beside.replace(output)
-    except OSError as error:
-        raise UserError(f"output={output} cannot be written: {error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

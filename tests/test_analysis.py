@@ -29,9 +29,7 @@ def episode(name, success, actions, *, final=False, **kwargs):
     ]
     if final:
         steps.append(Step(step=n, observation="the end", is_final_observation=True))
-    return Episode(
-        source="jsonl", native_id=name, task_id=name, steps=tuple(steps), success=success, **kwargs
-    )
+    return Episode(source="jsonl", native_id=name, task_id=name, steps=tuple(steps), success=success, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +38,7 @@ def store(tmp_path_factory):
     add(
         store,
         [
-            episode(
-                "buy", True, ["click[1]", "click[2]", "fill[3]", "click[4]"], site="shop", task_family="buy"
-            ),
+            episode("buy", True, ["click[1]", "click[2]", "fill[3]", "click[4]"], site="shop", task_family="buy"),
             episode("find", False, ["click[1]", "back"], site="wiki", task_family="find"),
             episode("read", False, ["click[1]", "scroll"], final=True, site="wiki", task_family="find"),
             Rejected(source="jsonl", uri="x", offset=0, reason="json_syntax", message="bad"),
@@ -79,9 +75,7 @@ def ask(store, name, **params):
     sql = query.read_sql(name)
     with store.connect() as db:
         wanted = db.extract_statements(sql)[0].named_parameters
-        result = db.execute(
-            sql, query.bind(sql, wanted, {k: str(v) for k, v in params.items()}, store) or None
-        )
+        result = db.execute(sql, query.bind(sql, wanted, {k: str(v) for k, v in params.items()}, store) or None)
         columns = [column[0] for column in result.description]
         return [dict(zip(columns, row, strict=True)) for row in result.fetchall()]
 
@@ -148,9 +142,7 @@ def test_where_value_was_lost(store):
     assert click["success_rate"] == pytest.approx(1 / 3)
     assert [rows["position", f"{i}/4"]["steps"] for i in (1, 2, 3, 4)] == [3, 1, 3, 1]
     assert rows["task_family", "find"]["mean_advantage"] == pytest.approx(-0.125)
-    assert {row["dimension"] for row in ask(store, "where_value_was_lost.sql", min_steps=5)} == {
-        "action_name"
-    }
+    assert {row["dimension"] for row in ask(store, "where_value_was_lost.sql", min_steps=5)} == {"action_name"}
 
 
 def test_best_candidates(store):
@@ -182,9 +174,7 @@ def test_calibration(store):
 
 def test_by_task(store):
     rows = ask(store, "by_task.sql")
-    assert pick(
-        rows, "task_id", "split", "episodes", "success_rate", "mean_steps", "v_first", "worst_action"
-    ) == [
+    assert pick(rows, "task_id", "split", "episodes", "success_rate", "mean_steps", "v_first", "worst_action") == [
         ("find", "test", 1, 0.0, 2.0, 0.4, "click[1]"),
         ("read", "test", 1, 0.0, 2.0, 0.3, "click[1]"),
         ("buy", "train", 1, 1.0, 4.0, 0.5, "fill[3]"),

@@ -140,9 +140,7 @@ def test_multirun_is_every_combination(run):
     assert json.loads(out) == {"runs": [{"lr": 1}, {"lr": 1}, {"lr": 2}, {"lr": 2}]}
 
 
-@pytest.mark.parametrize(
-    "value", ["a, b", "x=y", "(1).jsonl", "[", "it's", 'say "hi"', "back\\", 'a\\"b', "17"]
-)
+@pytest.mark.parametrize("value", ["a, b", "x=y", "(1).jsonl", "[", "it's", 'say "hi"', "back\\", 'a\\"b', "17"])
 def test_file_names_arrive_as_written(conf, value):
     (conf / "demo.yaml").write_text("path: ???\njson: false\n")
     seen = []

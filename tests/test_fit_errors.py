@@ -148,28 +148,62 @@ def test_sql_with_an_error(store, mistake):
     assert "line 1, column 8" in mistake(query.main, "SELECT nope FROM episodes")
 
 
-CHECKED = (
-    "algoo=iql_lm",
-    "optim.stepz=3",
-    "model.train=some",
-    "data.truncated=maybe",
-    "data.held_out=2",
-)
-UNCHECKED = (  # known: these end in a traceback, or train nothing without a word
-    "data.held_out=some",
-    "device=abacus",
-    "seed=some",
-    "model.heads.loss=l3",
-    "algo.tau=2",
-    "algo.gamma=some",
-    "optim.steps=0",
-    "optim.batch_size=0",
-)
-
-
 @pytest.mark.parametrize(
-    "argument", [*CHECKED, *(pytest.param(text, marks=pytest.mark.xfail(strict=True)) for text in UNCHECKED)]
+    "argument",
+    [
+        "algoo=iql_lm",
+        "optim.stepz=3",
+        "algo.tau=2",
+        "algo.tau=1",
+        "algo.gamma=some",
+        "algo.gamma=1.01",
+        "algo.polyak=-1",
+        "baselines=some",
+        "data.held_out=2",
+        "data.held_out=some",
+        "data.history=-1",
+        "data.max_tokens=1e3",
+        "data.truncated=maybe",
+        "device=abacus",
+        "device=cuda:99",
+        "model.attention_heads=3",
+        "model.dtype=int8",
+        "model.heads.loss=l3",
+        "model.stage.goal_swap=-1",
+        "model.stage.goals_per_page=1",
+        "model.stage.tokens=-1",
+        "model.train=some",
+        "optim.batch_size=0",
+        "optim.lr=nan",
+        "optim.steps=0",
+        "optim.steps=true",
+        "run_dir=log.jsonl",
+        "run_dir=log.jsonl/below",
+        "seed=some",
+        "seed=-1",
+        "threads=0",
+        "threads=two",
+    ],
 )
 def test_values_out_of_range(store, mistake, argument):
     assert argument.partition("=")[0] in mistake(fit.main, *SMALL, *TINY, argument)
     assert store.files("runs") == []  # said before anything began
+
+
+def test_an_argument_that_the_algorithm_does_not_take(store, mistake):
+    error = mistake(fit.main, *SMALL, *TINY, "algo=q_mc", "+algo.beta=1")
+    assert error.startswith("error: algo: ")
+    assert "'beta'" in error
+
+
+def test_every_key_that_is_checked_is_in_the_configuration():
+    known = set(cli._keys("fit"))
+    checked = {key for _, _, keys in fit._RULES for key in keys.split()}
+    assert checked <= known
+
+
+def test_the_good_ends_of_ranges_are_taken(store):
+    ends = ("algo.gamma=1", "algo.polyak=1", "data.held_out=0", "data.history=0", "model.heads.loss=hl_gauss")
+    assert fit.main([*SMALL, *TINY, *ends, "run_dir=kept/here", "device=cpu"]) == 0
+    (folder,) = Path("kept/here").iterdir()
+    assert (folder / "critic.json").is_file()

@@ -58,7 +58,5 @@ def test_names_of_tests_are_unique(files):
 def test_importing_the_package_imports_neither_torch_nor_d3rlpy():
     heavy = "{'torch', 'd3rlpy', 'transformers'}"
     code = f"import sys, offline_lm, offline_lm.logs, offline_lm.store; print({heavy} & set(sys.modules))"
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=CHECKOUT, check=True, capture_output=True, text=True
-    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=True, capture_output=True, text=True)
     assert run.stdout == "set()\n"

@@ -15,9 +15,7 @@ from offline_lm.store import Store
 def store(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     store = Store.create(tmp_path / "store")
-    store.append(
-        "metrics", [{"run_id": "a=b, c", "step": i, "name": "loss", "value": i / 3} for i in range(3)]
-    )
+    store.append("metrics", [{"run_id": "a=b, c", "step": i, "name": "loss", "value": i / 3} for i in range(3)])
     return store
 
 
@@ -33,9 +31,7 @@ def ask(store, capsys):
 
 
 def test_sql_arrives_intact(ask):
-    code, out, _ = ask(
-        "SELECT step FROM metrics WHERE run_id = 'a=b, c' AND step IN (1, 2) ORDER BY 1", "format=csv"
-    )
+    code, out, _ = ask("SELECT step FROM metrics WHERE run_id = 'a=b, c' AND step IN (1, 2) ORDER BY 1", "format=csv")
     assert code == 0
     assert out == "step\n1\n2\n"
 
@@ -83,9 +79,7 @@ def test_parquet_and_files(ask, tmp_path):
 
 
 def test_parameters(ask, tmp_path):
-    (tmp_path / "q.sql").write_text(
-        "-- a question\n-- param k = 2\n-- param name\nSELECT $k + 1 AS k, $name AS n"
-    )
+    (tmp_path / "q.sql").write_text("-- a question\n-- param k = 2\n-- param name\nSELECT $k + 1 AS k, $name AS n")
     assert ask("q.sql", "name=a=b", "format=csv")[1] == "k,n\n3,a=b\n"
     assert ask("q.sql", "name=17", "k=4", "format=csv")[1] == "k,n\n5,17\n"
     code, _, err = ask("q.sql")

@@ -207,7 +207,7 @@ GOOD = {"goal": "Buy", "observation": "x", "action": "a"}
         ([GOOD | {"candidates": [3]}], "input record 0: a candidate"),
         ([GOOD | {"candidates": "click"}], "input record 0: `candidates`"),
         ([GOOD | {"history": [1]}], "input record 0: `history`"),
-        ([GOOD] * 300 + [GOOD | {"goal": "many words " * 300}], "input record 300: goal and action alone exceed"),
+        ([GOOD] * 300 + [GOOD | {"goal": "many words " * 300}], "input record 300: goal and last past action exceed"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])

@@ -48,9 +48,7 @@ def bare(wheel, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("bare")
     venv.create(root, with_pip=False)
     python = root / "bin" / "python"
-    run(
-        sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=root
-    )
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=root)
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=root).strip())
     theirs = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     (site / "dependencies.pth").write_text("\n".join(sorted(theirs)) + "\n")
@@ -62,10 +60,7 @@ def test_it_carries_the_package_its_configuration_and_its_questions(wheel):
     here = {path.relative_to(CHECKOUT).as_posix() for path in (CHECKOUT / "offline_lm").rglob("*.py")}
     assert here <= names
     for folder, pattern in (("conf", "*.yaml"), ("analysis", "*.sql")):
-        ours = {
-            f"offline_lm/{path.relative_to(CHECKOUT).as_posix()}"
-            for path in (CHECKOUT / folder).rglob(pattern)
-        }
+        ours = {f"offline_lm/{path.relative_to(CHECKOUT).as_posix()}" for path in (CHECKOUT / folder).rglob(pattern)}
         assert ours, f"{folder}/ is empty"
         assert ours <= names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"offline_lm"}
@@ -125,3 +120,9 @@ def test_logs_in_and_values_out(bare, tmp_path):
     sql = "SELECT count(*) AS n FROM latest_values WHERE v IS NOT NULL AND q IS NOT NULL"
     rows = command("query", sql, f"store={store}", "format=json")
     assert json.loads(rows) == [{"n": 48}]
+    panel = {"goal": "Press button 1.", "observation": "A panel.", "candidates": ["press button 1", "open"]}
+    (tmp_path / "panel.jsonl").write_text(json.dumps(panel) + "\n")
+    command("score", "input=panel.jsonl", "output=scored.jsonl", f"store={store}")
+    scored = json.loads((tmp_path / "scored.jsonl").read_text())
+    assert isinstance(scored["v"], float)
+    assert len(scored["q"]) == 2

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from offline_lm.algos.checks import check_share
 from offline_lm.losses.returns import next_values
 from offline_lm.losses.td import ensemble_min, td_target
 from offline_lm.models.heads import Heads
@@ -28,6 +30,13 @@ class IQL:
     gamma: float
     tau: float
     polyak: float
+
+    trains_q: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_share("gamma", self.gamma)
+        check_share("tau", self.tau, ends=False)
+        check_share("polyak", self.polyak)
 
     def loss(self, critic: Heads, target: Heads, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():

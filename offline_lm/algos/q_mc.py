@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
+from offline_lm.algos.checks import check_share
 from offline_lm.models.heads import Heads
 from offline_lm.types import Batch
 
@@ -21,6 +23,12 @@ class QMC:
 
     gamma: float
     polyak: float
+
+    trains_q: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_share("gamma", self.gamma)
+        check_share("polyak", self.polyak)
 
     def loss(self, critic: Heads, target: Heads, batch: Batch) -> dict[str, Tensor]:
         known = batch.acted & batch.return_mask

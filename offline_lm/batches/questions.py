@@ -16,6 +16,7 @@ from torch import Tensor
 from offline_lm.batches.pack import Layout
 from offline_lm.batches.replay import Replay
 from offline_lm.batches.tokens import Tokens
+from offline_lm.errors import UserError
 
 Array = np.ndarray
 
@@ -30,7 +31,7 @@ class Questions:
         ids: int64 [L].
         targets: int64 [L]: the next token, -100 where none is asked for.
         layout: of the row.
-        goals: int64 [G, K]: branches that differ in their goal alone; the first has the episode's own.
+        goals: int64 [G, K] ([0] without any): branches that differ in their goal alone; the first has the episode's own.
         goal_returns: float32 [G]: the return that followed there, standardised; NaN where unknown.
         goal_acted: bool [G]: whether these branches end behind the action, or before it.
         state, action: int64 [T]: prompt and branch of every logged action in the stretches.
@@ -61,16 +62,21 @@ def draw(
 ) -> Iterator[Questions]:
     """Endless batches of about `token_budget` tokens from the training episodes.
 
-    At first pages with `goals_per_page` goals each, the page encoded once for all of them: half of these are read before
-    the action, where V is read, half behind it, where Q is. After `goals_first` tokens three quarters of a batch are
-    stretches of episodes. Asked from the start, the other questions are learnt first, by shortcuts, and matching goals
-    takes more than twice as long. Logs in which fewer than two goals occur have no goal questions.
+    At first pages with `goals_per_page` goals each, each page encoded once for all of them: half of these are read
+    before the action, where V is read, half behind it, where Q is. After `goals_first` tokens three quarters of a batch
+    are stretches of episodes. Asked from the start, the other questions are learnt first, by shortcuts, and matching
+    goals takes more than twice as long. Logs in which fewer than two goals occur have no goal questions.
+
+    Raises:
+        UserError: no training step has a known return.
     """
     rng = np.random.default_rng(seed)
     train = ~replay.held_out_rows & tokens.usable
     goals = _Goals(tokens, replay, np.flatnonzero(train & tokens.acted))
     episodes = np.flatnonzero(~replay.held_out)
     known = replay.returns[train & ~np.isnan(replay.returns)]
+    if not len(known):
+        raise UserError("no training step has both a known return and a prompt that fits: raise data.max_tokens")
     returns = (replay.returns - known.mean()) / (known.std() or 1.0)
     seen = 0
     while True:
@@ -80,7 +86,7 @@ def draw(
             while row.length < limit:
                 e = rng.choice(episodes)
                 stretch = np.arange(replay.offsets[e], replay.offsets[e + 1])
-                row.stretch(stretch[train[stretch]], returns, token_budget, rng)
+                row.stretch(stretch[train[stretch]], returns, limit, rng)
         while goals.rows.size and row.length < token_budget:
             n, page, endings, acted = goals.ask(goals_per_page, rng)
             row.goals(page, endings, returns[n], acted)
@@ -112,7 +118,7 @@ class _Goals:
         self.cumulative = np.cumsum(weight)
 
     def ask(self, k: int, rng: np.random.Generator) -> tuple[int, Array, list[Array], bool]:
-        """A row; its page without the goal; the endings of its prompt with k goals, the own first; is the action there?"""
+        """A row; its page without the goal; endings of its prompt with k goals, the own first; is the action there?"""
         n = int(self.rows[np.searchsorted(self.cumulative, rng.random() * self.cumulative[-1], side="right")])
         start, stop = self.tokens.goal_ptr[n]
         prompt = self.tokens.prompt(n)
@@ -179,7 +185,7 @@ class _Row:
             shown = [first, *([rng.integers(first + 1, stop)] if stop - first > 1 else [])] if t.acted[n] else []
             branches = self._add(t.prompt(n), [t.response(a) for a in shown], foretold=True)
             if branches:
-                followed = n != rows[-1]
+                followed = n + 1 in rows
                 asked = {
                     "state": len(self.prompts) - 1,
                     "action": branches[0],
@@ -206,7 +212,8 @@ class _Row:
             for length in [p + b[0] if b else p, *b[1:]]:
                 at += length
                 targets[at - 1 if foretold else at - length : at] = -100
-        whole = {name: torch.tensor(self.columns[name], dtype=torch.long) for name in ("state", "action", "other", "after")}
+        integers = ("state", "action", "other", "after")
+        whole = {name: torch.tensor(self.columns[name], dtype=torch.long) for name in integers}
         part = {name: torch.tensor(self.columns[name], dtype=torch.float32) for name in ("returns", "changed")}
         goals, returned, acted = zip(*self.choices, strict=True) if self.choices else ((), (), ())
         return Questions(

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-VERSION = "2"
-"""Part of every cache key: raise it when the text of a prompt changes."""
+VERSION = "3"
+"""Part of every cache key: raise it when the tokens of a prompt change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def assemble(
 
     Args:
         past: token ids of past actions, oldest first.
-        room: tokens that prompt may take, the response's own already taken off.
+        room: tokens that the prompt may take.
     """
     newest = list(past[-1]) if past else []
     left = room - len(before) - len(goal) - len(newest) - len(after)

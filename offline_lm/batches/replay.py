@@ -158,8 +158,11 @@ def _query(db: duckdb.DuckDBPyConnection, columns: str, where: str) -> duckdb.Du
 def _explained(where: str) -> Iterator[None]:
     try:
         yield
-    except (duckdb.ParserException, duckdb.BinderException, duckdb.CatalogException, duckdb.ConversionException) as e:
-        raise UserError(f"data.where={where!r} is not a condition over the view `episodes`: {e}") from e
+    except (duckdb.ProgrammingError, duckdb.DataError) as error:
+        reason = str(error).split("\n\nLINE ")[0]  # DuckDB goes on with our own query and a caret
+        raise UserError(
+            f"data.where={where!r} is not a condition over the view `episodes`: {' '.join(reason.split())}"
+        ) from error
 
 
 def episode_batches(replay: Replay, size: int, seed: int) -> Iterator[Array]:
@@ -168,12 +171,12 @@ def episode_batches(replay: Replay, size: int, seed: int) -> Iterator[Array]:
     Rows of an episode stay together and in order, so that V(s_{t+1}) is the next row of the batch.
     """
     rng = np.random.default_rng(seed)
-    usable = np.flatnonzero(~replay.held_out)
+    usable, offsets = np.flatnonzero(~replay.held_out), replay.offsets.tolist()
     batch: list[Array] = []
     held = 0
     while True:
         for e in rng.permutation(usable):
-            batch.append(np.arange(replay.offsets[e], replay.offsets[e + 1]))
+            batch.append(np.arange(offsets[e], offsets[e + 1]))
             held += len(batch[-1])
             if held >= size:
                 yield np.concatenate(batch)

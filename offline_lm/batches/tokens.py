@@ -27,8 +27,8 @@ class Tokens:
         response_ids, response_ptr: the same for responses, end-of-turn token included.
         branch_ptr: int [N+1]; the responses of state n are `branch_ptr[n]:branch_ptr[n+1]`, the executed one first.
         acted: bool [N]; false for final observations and steps with no logged action.
-        usable: bool [N]; false where goal, newest action and response alone exceed `max_tokens`: such a state has a
-            one-token prompt and no responses, and takes part in nothing.
+        usable: bool [N]; false where goal and newest action alone exceed `max_tokens`: such a state has the frame's end
+            for a prompt (so that there is a token to read at) and no responses, and takes part in nothing.
         candidate_ptr: int [N+1], and candidate_branch: int [C]: which response stands for each logged candidate.
         page: int64 [N]: hash of what the agent saw; equal pages have equal numbers.
         goal_ptr: int64 [N, 2]: where in its prompt a state's goal stands; 0, 0 in prompts whose ids were logged.
@@ -64,7 +64,7 @@ class Tokens:
         """sha256 of every id and every border: what features of these tokens depend on."""
         digest = hashlib.sha256()
         for array in (self.prompt_ids, self.prompt_ptr, self.response_ids, self.response_ptr, self.branch_ptr):
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
@@ -88,13 +88,15 @@ def tokenize(steps: Iterable[dict[str, Any]], tokenizer: Any, *, max_tokens: int
     Args:
         steps: rows with the columns of `select.STEP_COLUMNS`.
         tokenizer: a fast `transformers` tokenizer.
-        max_tokens: longest prompt with its longest response; the prompt is cut (see `render.assemble`).
+        max_tokens: longest prompt; a longer one is cut (see `render.assemble`). Responses come on top, whole: were they
+            counted, the page that is read, and so V, would depend on which candidates are on offer.
         history: how many past actions a prompt shows.
 
-    Stored token ids are taken verbatim where a step has them and was logged with this tokenizer.
+    Stored token ids are taken verbatim where a step has them and was logged with this tokenizer. A special token
+    that a page, goal or response spells out is tokenised as plain text: only the frame's own markers are special.
     """
     frame = render.frame(tokenizer)
-    before, after, end = (_encode(tokenizer, [text])[0] for text in (frame.before, frame.after, frame.end))
+    before, after, end = _encode(tokenizer, [frame.before, frame.after, frame.end], special=True)
     cuts = render.Cuts()
     wide = len(tokenizer) > 2**16
     prompts, responses = _Ragged(wide), _Ragged(wide)
@@ -117,11 +119,11 @@ def tokenize(steps: Iterable[dict[str, Any]], tokenizer: Any, *, max_tokens: int
             own = row["tokenizer_id"] == tokenizer.name_or_path
             if own and row["response_token_ids"] is not None:
                 options[0] = list(row["response_token_ids"])
-            room = max_tokens - max(map(len, options), default=0)
-            if own and row["prompt_token_ids"] is not None and len(row["prompt_token_ids"]) <= room:
+            if own and row["prompt_token_ids"] is not None and len(row["prompt_token_ids"]) <= max_tokens:
                 prompt, goal_at = list(row["prompt_token_ids"]), (0, 0)
             else:
-                prompt = render.assemble(before, past[-history:] if history else [], page, goal, after, room, cuts)
+                shown = past[-history:] if history else []
+                prompt = render.assemble(before, shown, page, goal, after, max_tokens, cuts)
                 end_of_goal = len(prompt or ()) - len(after)
                 goal_at = (end_of_goal - len(goal), end_of_goal)
             fits = prompt is not None
@@ -181,8 +183,11 @@ def _texts(row: dict[str, Any]) -> list[str]:
     return [render.goal_text(row["goal"], row["start_url"]), render.page_text(row), *_options(row)]
 
 
-def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+def _encode(tokenizer: Any, texts: list[str], *, special: bool = False) -> list[list[int]]:
+    """Ids of each text; special tokens that it spells out are such only where `special`."""
+    if not texts:
+        return []
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
 
 
 def _chunks(rows: Iterable[dict[str, Any]], n: int) -> Iterator[list[dict[str, Any]]]:

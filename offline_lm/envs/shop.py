@@ -1,10 +1,11 @@
 """A text web shop that is finite underneath: every value of every policy is known exactly.
 
-A task is a deterministic Markov decision process of a few dozen pages: home, search results over two pages,
+A task is a deterministic Markov decision process of some hundred pages: home, search results over two pages,
 product pages with a size to choose, the basket; a dead end that no click leads out of, purchases that cannot be
-undone, and text that means nothing. The page text shows the whole state, so that a critic that reads goal and
-page can be right everywhere. Words, wordings, prices and positions are drawn from the site's seed; tasks
-of one site share its words, and a held-out task is a new combination of them.
+undone, and text that means nothing. The page text shows the state, so that a critic that reads goal and page can be
+right everywhere (a product that lies on two shelves looks the same on both, and is worth the same). Words, wordings,
+prices and positions are drawn from the site's seed; tasks of one site share its words, and a held-out task is a new
+combination of them.
 
 Values are computed in float64 by dynamic programming (`optimal`, `expectile`, `visitation`) and logs are
 emitted in the ordinary `jsonl` format (`record`), with every possible action as a candidate.
@@ -100,6 +101,7 @@ class Task:
     Attributes:
         states: list of all reachable states, `states[0]` is the start.
         actions: per state, the action texts.
+        paths: per state, the actions of a shortest way to it.
         next: int array [S, A], the next state's index; -1 ends the episode (terminated), -2 is no action.
         reward: float64 array [S, A].
     """
@@ -179,14 +181,16 @@ class Task:
 
     def _enumerate(self) -> None:
         self.states: list[State] = [("home",)]
+        self.paths: list[list[str]] = [[]]
         index = {self.states[0]: 0}
         moves = []
         for state in self.states:  # grows while it is walked: breadth first
             moves.append(self._moves(state))
-            for _, after, _ in moves[-1]:
+            for action, after, _ in moves[-1]:
                 if after is not None and after not in index:
                     index[after] = len(self.states)
                     self.states.append(after)
+                    self.paths.append([*self.paths[index[state]], action])
         width = max(map(len, moves))
         self.actions = [[action for action, _, _ in m] for m in moves]
         self.next = np.full((len(moves), width), -2)

@@ -51,7 +51,7 @@ def tiny(
     heads: int = 4,
     seed: int = 0,
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """A small Llama and its tokenizer, from the user's own texts; weights random but for `match_init`."""
+    """A small Llama and its tokenizer, from the user's own texts; weights random but for `start_heads`."""
     tokenizer = train_tokenizer(texts, vocab_size)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -63,6 +63,7 @@ def tiny(
         max_position_embeddings=8192,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
+        attention_bias=True,  # what `start_heads` sets
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=None,
@@ -72,7 +73,7 @@ def tiny(
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
         _scale_embeddings(model)
-        match_init(model)
+        start_heads(model)
     return model, tokenizer
 
 
@@ -99,21 +100,35 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 @torch.no_grad()
-def match_init(model: LlamaForCausalLM, share: float = 0.5, gain: float = 1.0) -> None:
-    """Start a share of the heads of each layer as "attend to the same token": W_q = W_k, orthonormal rows.
+def start_heads(model: LlamaForCausalLM) -> None:
+    """Give every layer's heads a purpose to start from: half "the same token elsewhere", half "what was just said".
 
-    To judge an action a critic compares words of goal, page and action. Random weights take millions of tokens to
-    find that out; attention that begins near the identity (mimetic initialisation, Trockman & Kolter 2023) has it at
-    step 0, and is trained on like any other weight.
+    To judge an action a critic compares words of goal, page and action, and at the action's end it must still know
+    the action. Random weights take millions of tokens to find either out; weights that begin there are trained on like
+    any other.
+
+    - Same token: W_q = W_k with orthonormal rows, so that attention begins near the identity (mimetic initialisation,
+      Trockman & Kolter 2023).
+    - Just said: equal biases of query and key on some rotary pairs make the score sum_i cos(theta_i * distance),
+      which is greatest at distance 0 and fades over 3 tokens (fast pairs) or 12 (slower ones).
     """
+    layer: Any
     for layer in model.model.layers:
         attention = layer.self_attn
-        d = attention.head_dim
-        for head in range(round(share * attention.q_proj.out_features / d)):
-            rows = torch.empty(d, attention.q_proj.in_features)
-            nn.init.orthogonal_(rows, gain)
-            attention.q_proj.weight[head * d : (head + 1) * d] = rows
-            attention.k_proj.weight[head * d : (head + 1) * d] = rows
+        d, n = attention.head_dim, attention.q_proj.out_features // attention.head_dim
+        for bias in (attention.q_proj.bias, attention.k_proj.bias, attention.v_proj.bias, attention.o_proj.bias):
+            bias.zero_()
+        for head in range(n):
+            at = slice(head * d, (head + 1) * d)
+            if head < n // 2:
+                rows = nn.init.orthogonal_(torch.empty(d, attention.q_proj.in_features))
+                attention.q_proj.weight[at] = rows
+                attention.k_proj.weight[at] = rows
+            else:
+                first = 0 if head % 2 else d // 16
+                pairs = slice(head * d + first, head * d + first + 3)
+                attention.q_proj.bias[pairs] = 3.0
+                attention.k_proj.bias[pairs] = 3.0
 
 
 @torch.no_grad()

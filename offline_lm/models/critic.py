@@ -79,7 +79,7 @@ class Critic:
                 first), and `candidates` (texts, or dicts with `action`), or `action` or `response`, or neither.
 
         Raises:
-            UserError: a state with nothing seen, or one that does not fit into the critic's `max_tokens`.
+            UserError: a state with nothing seen, or whose goal and last past action exceed the critic's `max_tokens`.
         """
         it = iter(states)
         done = 0
@@ -93,7 +93,7 @@ class Critic:
         if not tokens.usable.all():
             bad = done + int(np.flatnonzero(~tokens.usable)[0])
             limit = self.config["max_tokens"]
-            raise UserError(f"input record {bad}: goal and action alone exceed the critic's max_tokens={limit}")
+            raise UserError(f"input record {bad}: goal and last past action exceed the critic's max_tokens={limit}")
         lengths = (np.diff(tokens.prompt_ptr) + np.diff(tokens.response_ptr[tokens.branch_ptr])).tolist()
         device = next(self.model.parameters()).device
         for states in rows(lengths, token_budget):

@@ -1,10 +1,10 @@
 """The representation stage: teach a backbone, from the user's own logs, what a critic must read.
 
-A critic that cannot tell whether a page fits a goal orders actions by habit, and one whose readout forgets the action cannot
-order them at all. So before any value is bootstrapped the backbone answers questions about the logs
+A critic that cannot tell whether a page fits a goal orders actions by habit, and one whose readout forgets the
+action cannot order them at all. So before any value is bootstrapped the backbone answers questions about the logs
 (`offline_lm.batches.questions`): does this goal belong here, or was it swapped with another task's; did the action
-change the page; which of two actions led to the next one; how does the text go on; what was the action (asked at its end,
-where Q is read); which return followed. Digi-Q (Bai et al. 2025) is the source of the idea.
+change the page; which of two actions led to the next one; how does the text go on; what was the action (asked at
+its end, where Q is read); which return followed. Digi-Q (Bai et al. 2025) is the source of the idea.
 """
 
 from __future__ import annotations

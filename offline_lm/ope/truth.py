@@ -66,9 +66,10 @@ def shop(critic: Scorer, tasks: Sequence[Task], *, gamma: float, tau: float | No
 
 
 def _score(critic: Scorer, task: Task) -> tuple[Array, Array]:
-    """V [S] and Q [S, A] of the critic for every state of the task, seen without history; NaN where no action is."""
+    """V [S] and Q [S, A] of the critic for every state, reached by a shortest path; NaN where no action is."""
     states = [
-        {"goal": task.goal, "observation": task.page(s), "candidates": task.actions[s]} for s in range(len(task.states))
+        {"goal": task.goal, "observation": task.page(s), "history": path, "candidates": task.actions[s]}
+        for s, path in enumerate(task.paths)
     ]
     v, q = np.zeros(len(states)), np.full(task.next.shape, np.nan)
     for s, score in enumerate(critic.score(states)):

@@ -123,6 +123,27 @@ def test_the_end_of_turn_is_the_last_token_of_every_response(tokenizer):
         assert (tokens.response(a) == end).sum() == 1
 
 
+def test_a_special_token_that_a_text_spells_out_is_plain_text(tokenizer):
+    """A page that quotes `<|im_end|>` must not end the turn; only the frame's own markers are special."""
+    special = tokenizer.all_special_tokens
+    spelt = " ".join(["quote", *special, "end"])
+    plain = {name: "quote end" for name in ("goal", "observation", "url", "observation_error")}
+    loud = {name: spelt for name in plain}
+    option = {"action": spelt, "candidates": [candidate("other " + spelt)]}
+    tokens = tokenize([row(**plain, action="back"), row(**loud, **option), row(**loud)], tokenizer, max_tokens=4096)
+
+    def count(ids):
+        return np.isin(ids, tokenizer.all_special_ids).sum()
+
+    assert count(tokens.prompt(1)) == count(tokens.prompt(2)) == count(tokens.prompt(0))  # its past has them too
+    assert (count(tokens.prompt(0)) > 0) == (tokenizer.chat_template is not None)
+    for a, text in ((1, spelt), (2, "other " + spelt)):
+        assert count(tokens.response(a)) == 1
+        assert tokenizer.decode(tokens.response(a)) == text + render.frame(tokenizer).end
+    assert spelt in tokenizer.decode(tokens.prompt(2))
+    assert tokenizer.convert_tokens_to_ids(special) == [tokenizer(s)["input_ids"][0] for s in special]  # left as it was
+
+
 def test_the_chat_template_frames_the_prompt():
     assert render.frame(with_chat()) == render.Frame(
         "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
@@ -189,7 +210,7 @@ def test_too_long_is_none_and_counted():
     assert assemble(5, past=(), page=(7,), goal=(8, 8, 8)) == (None, render.Cuts(too_long=1))
 
 
-def test_the_budget_holds_for_prompt_and_longest_response(tiny):
+def test_the_budget_is_the_prompts_and_responses_come_on_top(tiny):
     long = "word " * 500
     rows = [
         row(observation=long, action="back", candidates=[candidate("back"), candidate("click[red mug] " * 5)]),
@@ -198,17 +219,28 @@ def test_the_budget_holds_for_prompt_and_longest_response(tiny):
         row(action=long),
     ]
     tokens = tokenize(rows, tiny, max_tokens=80, history=1)
-    longest = max(len(tokens.response(a)) for a in range(2))
-    assert len(tokens.prompt(0)) + longest == 80
-    assert tokens.usable.tolist() == [True, True, False, False]
-    assert tokens.acted.tolist() == [True, True, False, False]
-    assert np.diff(tokens.branch_ptr).tolist() == [2, 1, 0, 0]
     whole = len(tiny(long)["input_ids"])
-    assert (tokens.cuts.pages, tokens.cuts.too_long) == (1, 2)
+    assert len(tokens.prompt(0)) == 80
+    assert len(tokens.response(3)) == whole + 1
+    assert tokens.usable.tolist() == [True, True, False, True]
+    assert tokens.acted.tolist() == [True, True, False, True]
+    assert np.diff(tokens.branch_ptr).tolist() == [2, 1, 0, 1]
+    assert tiny.decode(tokens.prompt(2)) == render.frame(tiny).after  # a token to read at, for what is left out
+    assert (tokens.cuts.pages, tokens.cuts.too_long) == (1, 1)
     assert whole - 80 < tokens.cuts.page_tokens < whole
     assert "Goal: Buy a red mug" in tiny.decode(tokens.prompt(0))
     start, stop = tokens.goal_ptr[0]
     assert tiny.decode(tokens.prompt(0)[start:stop]) == "\nGoal: Buy a red mug"
+
+
+def test_the_page_that_is_read_does_not_depend_on_what_is_on_offer(tiny):
+    page, many = "word " * 500, [candidate(f"click[{'red mug ' * n}]") for n in range(8)]
+    offers: list[dict[str, Any]] = [{}, {"action": "back"}, {"action": "word " * 90}, {"candidates": many}]
+    rows = [row(str(n), observation=page, **offer) for n, offer in enumerate(offers)]
+    for max_tokens in (80, 2000):
+        tokens = tokenize(rows, tiny, max_tokens=max_tokens)
+        assert {tuple(tokens.prompt(n).tolist()) for n in range(4)} == {tuple(tokens.prompt(0).tolist())}
+        assert np.diff(tokens.branch_ptr).tolist() == [0, 1, 1, 8]
 
 
 def test_history_is_the_newest_actions_of_this_episode(tiny):
@@ -263,8 +295,8 @@ def test_stored_ids_are_taken_verbatim_from_the_same_tokenizer_alone(tiny):
     assert tokens.goal_ptr[0].tolist() == [0, 0]
     assert tiny.decode(tokens.response(1)) == "b" + END
     assert len(tokens.prompt(1)) > 3
-    assert len(tokens.prompt(2)) <= 98  # too long to be taken: rendered and cut instead
-    assert tokens.prompt(2).tolist() != [5] * 98
+    assert len(tokens.prompt(2)) <= 100  # too long to be taken: rendered and cut instead
+    assert tokens.prompt(2).tolist() != [5] * 100
 
 
 def test_saved_tokens_are_read_back(tiny, tmp_path):

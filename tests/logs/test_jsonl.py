@@ -180,9 +180,7 @@ def test_folders_and_compression(tmp_path):
 
 @pytest.mark.parametrize("cut", ["gz", "zst"])
 def test_a_torn_compressed_file_ends_in_one_rejected(tmp_path, cut):
-    lines = b"".join(
-        json.dumps({"success": True, "steps": [STEP], "seed": i}).encode() + b"\n" for i in range(999)
-    )
+    lines = b"".join(json.dumps({"success": True, "steps": [STEP], "seed": i}).encode() + b"\n" for i in range(999))
     whole = gzip.compress(lines) if cut == "gz" else pa.compress(lines, codec="zstd", asbytes=True)
     path = tmp_path / f"torn.jsonl.{cut}"
     path.write_bytes(whole[: len(whole) // 2])
@@ -313,17 +311,11 @@ def test_colons_in_text_are_no_duplicate_keys(tmp_path):
     assert episode(tmp_path, success=True, goal=text).goal == text
 
 
-KEYS = st.sampled_from(
-    [*Episode.__dataclass_fields__, "final_observation", "max_steps", "n_steps", "episode_id"]
-)
+KEYS = st.sampled_from([*Episode.__dataclass_fields__, "final_observation", "max_steps", "n_steps", "episode_id"])
 STEP_KEYS = st.sampled_from([*Step.__dataclass_fields__, "odd"])
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-VALUES = st.recursive(
-    SCALARS, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x, max_size=3)
-)
-STEPS = st.dictionaries(STEP_KEYS, VALUES, max_size=4).map(
-    lambda keys: {"observation": "o", "action": "a"} | keys
-)
+VALUES = st.recursive(SCALARS, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x, max_size=3))
+STEPS = st.dictionaries(STEP_KEYS, VALUES, max_size=4).map(lambda keys: {"observation": "o", "action": "a"} | keys)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -51,9 +51,7 @@ class Recorder:
             dom = copy.deepcopy(self.dom)
             if ref is not None:
                 find(dom, ref)["recordingTarget"] = True
-            self.states.append(
-                {"time": self.time, "action": {"type": kind, "timing": timing} | keys, "dom": dom}
-            )
+            self.states.append({"time": self.time, "action": {"type": kind, "timing": timing} | keys, "dom": dom})
 
     def click(self, ref, x=5, y=5, x2=None, toggles=None):
         self.event("mousedown", ref, x=x, y=y)

@@ -67,9 +67,7 @@ def test_targets_out_of_range_are_clamped_and_counted(support):
 def test_loss_by_hand(support):
     y = torch.tensor([0.3, 0.9], dtype=torch.float64)
     uniform = torch.zeros(2, 2, 26, dtype=torch.float64)
-    assert hl_gauss_loss(uniform, y, support).item() == pytest.approx(
-        2 * math.log(26)
-    )  # summed over two members
+    assert hl_gauss_loss(uniform, y, support).item() == pytest.approx(2 * math.log(26))  # summed over two members
     assert hl_gauss_loss(uniform[0], y, support).item() == pytest.approx(math.log(26))
 
 

@@ -16,9 +16,7 @@ def episode(name, rewards, *, final=False, last=None, **kwargs):
     """Steps with ``rewards``; ``last`` are the flags of the last one."""
     n = len(rewards)
     steps = [
-        Step(
-            step=t, observation=f"{name} {t}", action=f"a{t}", reward=r, **(last or {} if t == n - 1 else {})
-        )
+        Step(step=t, observation=f"{name} {t}", action=f"a{t}", reward=r, **(last or {} if t == n - 1 else {}))
         for t, r in enumerate(rewards)
     ]
     if final:
@@ -53,9 +51,7 @@ def returns(rewards, gamma):
 )
 def test_discounted_return(tmp_path, rewards, gamma, expected):
     db = Store.create(tmp_path).connect()
-    assert db.execute("SELECT discounted_return(?::DOUBLE[], ?)", [rewards, gamma]).fetchall() == [
-        (expected,)
-    ]
+    assert db.execute("SELECT discounted_return(?::DOUBLE[], ?)", [rewards, gamma]).fetchall() == [(expected,)]
 
 
 def test_td_residual(tmp_path):
@@ -162,9 +158,7 @@ def test_gae_of_two_thousand_steps(tmp_path):
     rng = random.Random(1)
     rewards, v = ([rng.gauss(0, 1) for _ in range(2000)] for _ in range(2))
     store, ids = filled(tmp_path, episode("long", rewards, last={"terminated": True}))
-    store.append(
-        "values", [{"run_id": "r", "episode_id": ids["long"], "step": t, "v": x} for t, x in enumerate(v)]
-    )
+    store.append("values", [{"run_id": "r", "episode_id": ids["long"], "step": t, "v": x} for t, x in enumerate(v)])
     following = [*v[1:], 0.0]
     deltas = [r + GAMMA * n - x for r, n, x in zip(rewards, following, v, strict=True)]
     got = column(store.connect(), f"gae_advantages('r', {GAMMA}, {LAMBDA})", ids["long"], "advantage")

@@ -197,20 +197,14 @@ def test_all_that_was_logged_comes_back(store):
     )
     add(
         store,
-        [
-            episode(
-                "1", full, sampling={"temperature": 1, "stop": ["x"]}, labels=(Label(kind="env", value=1),)
-            )
-        ],
+        [episode("1", full, sampling={"temperature": 1, "stop": ["x"]}, labels=(Label(kind="env", value=1),))],
     )
     assert rows(
         store,
         "SELECT screenshot.mime, target.ref, action_args->>'$.x[0]', sub_actions, candidates[1].score,"
         " prompt_token_ids, extra->>'$.screenshot.width', extra->>'k', ts_start, is_final_observation"
         " FROM steps",
-    ) == [
-        ("image/png", "4", "1", ["a", "b"], 1.0, [1, 2], "3", "v\x00", datetime.datetime(2026, 1, 1), False)
-    ]
+    ) == [("image/png", "4", "1", ["a", "b"], 1.0, [1, 2], "3", "v\x00", datetime.datetime(2026, 1, 1), False)]
     assert rows(
         store,
         "SELECT sampling.temperature, extra->>'$.sampling.stop[0]', labels[1].value, provenance.native_id,"

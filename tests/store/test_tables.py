@@ -136,9 +136,7 @@ def test_a_missing_file_is_named(store):
 def test_times_are_utc_without_a_zone(store):
     zone = datetime.timezone(datetime.timedelta(hours=2))
     store.append("runs", [{"run_id": "r", "started_at": datetime.datetime(2026, 1, 1, 12, tzinfo=zone)}])
-    assert store.connect().sql("SELECT started_at FROM runs").fetchall() == [
-        (datetime.datetime(2026, 1, 1, 10),)
-    ]
+    assert store.connect().sql("SELECT started_at FROM runs").fetchall() == [(datetime.datetime(2026, 1, 1, 10),)]
 
 
 def test_latest_is_the_newest_finished_run(store):

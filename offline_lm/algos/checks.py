@@ -1,0 +1,16 @@
+"""What hyperparameters may be: an algorithm checks its own when it is made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def check_share(name: str, value: Any, *, ends: bool = True) -> None:
+    """A number from 0 to 1, or between them where `ends` is false.
+
+    Raises:
+        ValueError: anything else; the message begins with `name=value`, for the command to put the group before it.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value <= 1 or (not ends and value in (0, 1)):
+        raise ValueError(f"{name}={value}: a number {'from 0 to 1' if ends else 'between 0 and 1'} is wanted")
