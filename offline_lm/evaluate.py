@@ -53,7 +53,9 @@ def _fresh(cfg: DictConfig, folder: Path, seed: int) -> list[dict[str, Any]]:
     _command("ingest", "source=jsonl", f"path={log}", f"store={url}")
     rows = []
     for algo in cfg.algos:
-        done = _command("fit", f"algo={algo}", f"data.store={url}", f"seed={seed}", "baselines=false", *cfg.overrides.split())
+        done = _command(
+            "fit", f"algo={algo}", f"data.store={url}", f"seed={seed}", "baselines=false", *cfg.overrides.split()
+        )
         rows.append({**judge(Store.open(url), done["run_id"]), "seconds": done["seconds"]})
         print(_line(rows[-1]), flush=True)
     return rows
@@ -69,7 +71,7 @@ def judge(store: Store, run_id: str) -> dict[str, Any]:
             "SELECT DISTINCT task_id FROM run_values WHERE run_id = ? AND split = 'held_out' AND benchmark = 'shop'",
             [run_id],
         ).fetchall()
-    if config is None or not held_out:
+    if config is None or run_dir is None or not held_out:
         raise UserError(f"run {run_id} holds out no task of the shop (benchmark 'shop'): suite=shop cannot judge it")
     named = sorted(task_id.removeprefix("shop").split("/") for (task_id,) in held_out)
     tasks = [Task(Site.draw(int(site)), int(number)) for site, number in named]

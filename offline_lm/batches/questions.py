@@ -31,7 +31,7 @@ class Questions:
         ids: int64 [L].
         targets: int64 [L]: the next token, -100 where none is asked for.
         layout: of the row.
-        goals: int64 [G, K] ([0] without any): branches that differ in their goal alone; the first has the episode's own.
+        goals: int64 [G, K], or [0]: branches that differ in their goal alone; the first has the episode's own.
         goal_returns: float32 [G]: the return that followed there, standardised; NaN where unknown.
         goal_acted: bool [G]: whether these branches end behind the action, or before it.
         state, action: int64 [T]: prompt and branch of every logged action in the stretches.
@@ -181,8 +181,10 @@ class _Row:
         t = self.tokens
         start = int(rng.integers(max(1, len(rows) - 1)))
         for n in rows[start:]:
-            first, stop = t.branch_ptr[n], t.branch_ptr[n + 1]
-            shown = [first, *([rng.integers(first + 1, stop)] if stop - first > 1 else [])] if t.acted[n] else []
+            first, stop = int(t.branch_ptr[n]), int(t.branch_ptr[n + 1])
+            shown = [first] if t.acted[n] else []
+            if t.acted[n] and stop - first > 1:
+                shown.append(int(rng.integers(first + 1, stop)))
             branches = self._add(t.prompt(n), [t.response(a) for a in shown], foretold=True)
             if branches:
                 followed = n + 1 in rows

@@ -152,7 +152,7 @@ class Task:
             case ("queue",):  # the dead end: nothing leads out, the step limit ends it
                 return [(f"click[{w['wait']}]", state, 0.0), (f"click[{w['home']}]", state, 0.0)]
             case ("results", shelf, page):
-                moves = [
+                moves: list[tuple[str, State | None, float]] = [
                     (f"click[{self.products[i].title}]", ("product", i, None, state), 0.0)
                     for i in self._shelves[shelf, page]
                 ]

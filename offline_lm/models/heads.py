@@ -119,4 +119,4 @@ def target_of(module: nn.Module) -> nn.Module:
 @torch.no_grad()
 def polyak(target: nn.Module, online: nn.Module, rate: float) -> None:
     """Move every parameter of `target` a share `rate` towards `online`'s, in one call."""
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), rate)
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), rate)  # pyright: ignore

@@ -54,13 +54,13 @@ def shop(critic: Scorer, tasks: Sequence[Task], *, gamma: float, tau: float | No
         rows.append({
             "kendall": float(np.average(taus[ordered], weights=visits[ordered])),
             "hit": float(np.average(hits[ordered], weights=visits[ordered])),
-            "spearman_v": float(spearmanr(v[seen], v_true[seen]).statistic),
+            "spearman_v": _spearman(v[seen], v_true[seen]),
             "behaviour": float(np.mean([task.play(p) for p in task.behaviours().values()])),
             "optimum": optimum,
             "greedy": task.play(task.greedy(q)),
         })  # fmt: skip
     out = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-    out["spearman_v_pooled"] = float(spearmanr(np.concatenate(pooled_v), np.concatenate(pooled_truth)).statistic)
+    out["spearman_v_pooled"] = _spearman(np.concatenate(pooled_v), np.concatenate(pooled_truth))
     out["gap_recovered"] = (out["greedy"] - out["behaviour"]) / (out["optimum"] - out["behaviour"])
     return out
 
@@ -77,3 +77,8 @@ def _score(critic: Scorer, task: Task) -> tuple[Array, Array]:
         if score.q is not None:
             q[s, : len(score.q)] = score.q
     return v, q
+
+
+def _spearman(a: Array, b: Array) -> float:
+    result: Any = spearmanr(a, b)
+    return float(result.statistic)
