@@ -82,10 +82,10 @@ def draw(
     while True:
         row = _Row(tokens)
         if seen >= goals_first or not goals.rows.size:
-            limit = 0.75 * token_budget if goals.rows.size else token_budget
+            limit = 3 * token_budget // 4 if goals.rows.size else token_budget
             while row.length < limit:
-                e = rng.choice(episodes)
-                stretch = np.arange(replay.offsets[e], replay.offsets[e + 1])
+                e = int(rng.choice(episodes))
+                stretch = np.arange(int(replay.offsets[e]), int(replay.offsets[e + 1]))
                 row.stretch(stretch[train[stretch]], returns, limit, rng)
         while goals.rows.size and row.length < token_budget:
             n, page, endings, acted = goals.ask(goals_per_page, rng)
