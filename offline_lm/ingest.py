@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from offline_lm.store import Store
 from offline_lm.store.ingest import add
 
 
-def main() -> int:
-    return cli.run("ingest", ingest)
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run("ingest", ingest, argv)
 
 
 def ingest(cfg: DictConfig) -> dict[str, Any]:
