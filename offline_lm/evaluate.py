@@ -76,7 +76,10 @@ def judge(store: Store, run_id: str) -> dict[str, Any]:
     named = sorted(task_id.removeprefix("shop").split("/") for (task_id,) in held_out)
     tasks = [Task(Site.draw(int(site)), int(number)) for site, number in named]
     settings = yaml.safe_load(config)["algo"]
-    scores = truth.shop(Critic.from_pretrained(run_dir), tasks, gamma=settings["gamma"], tau=settings.get("tau"))
+    critic = Critic.from_pretrained(run_dir)
+    if not critic.config["has_q"]:
+        raise UserError(f"run {run_id} ({algo}) has no Q: suite=shop judges the order of actions")
+    scores = truth.shop(critic, tasks, gamma=settings["gamma"], tau=settings.get("tau"))
     row = {"run_id": run_id, "suite": "shop", "split": "held_out", "group": algo, "n": len(tasks)}
     values = {name: None if math.isnan(value) else value for name, value in scores.items()}
     store.append("diagnostics", [{**row, "name": name, "value": value} for name, value in values.items()])
