@@ -1,8 +1,8 @@
 """Log formats, one module each: ``read(path) -> Iterator[Episode | Rejected]``.
 
-A module of this package whose name has no leading underscore is a format. A third party adds one by an entry
-point of the group ``offline_lm.logs`` that names such a ``read`` function, e.g. ``mine =
-"my_package.mine:read"``.
+A module of this package whose name has no leading underscore is a format; `offline_lm.logs._adapters` says what it
+holds. A third party adds one by an entry point of the group ``offline_lm.logs`` that names such a module, or only a
+``read`` function: ``mine = "my_package.mine"`` or ``mine = "my_package.mine:read"``.
 """
 
 from __future__ import annotations
@@ -10,15 +10,52 @@ from __future__ import annotations
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
+from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 from offline_lm.errors import UserError
+from offline_lm.logs._adapters import Sample
 from offline_lm.types import Episode, Rejected
 
 GROUP = "offline_lm.logs"
+AUTO = "auto"
+RANGE_BYTES = 64 << 20
+"""A file of lines is read apart in ranges of this many bytes."""
+_LOGS = (".json", ".jsonl", ".ndjson", ".traj", ".parquet", ".arrow", ".hdf5", ".zip", ".pkl", ".pt", ".har", ".log")
+"""Suffixes (.gz, .zst left off) of files that `auto` reports where no format knows them; others are no logs."""
+
 Reader = Callable[..., Iterator[Episode | Rejected]]
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A log format: see `offline_lm.logs._adapters` for what the functions do."""
+
+    name: str
+    read: Reader
+    find: Callable[[Path], Iterator[Path]]
+    detect: Callable[[Sample], str | None]
+    general: bool
+    """It recognises much: `auto` asks it only where no other format claims the path."""
+    by_line: bool
+    """``read`` takes ``start`` and ``stop``, bytes of a file that is not compressed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a log that can be read apart from the others, by another process or machine."""
+
+    source: str
+    path: Path
+    size: int
+    """bytes, for progress; 0 for a folder"""
+    start: int = 0
+    stop: int | None = None
 
 
 def _built_in() -> list[str]:
@@ -30,35 +67,133 @@ def sources() -> list[str]:
     return sorted({*_built_in(), *entry_points(group=GROUP).names})
 
 
-def _reader(source: str) -> Reader:
+@cache
+def format_of(source: str) -> Format:
+    """The format named `source`. Raises UserError if there is none, or two."""
     built_in = source in _built_in()
     installed = list(entry_points(group=GROUP, name=source))
     if built_in + len(installed) > 1:
         owners = ["offline_lm"] * built_in + [point.value for point in installed]
         raise UserError(f"source={source} is defined twice, by {', '.join(owners)}; uninstall one")
     if built_in:
-        return import_module(f"{__name__}.{source}").read
-    if installed:
-        return installed[0].load()
-    raise UserError(f"source={source} is not a known log format; take one of: {', '.join(sources())}")
+        found: Any = import_module(f"{__name__}.{source}")
+    elif installed:
+        found = installed[0].load()
+    else:
+        raise UserError(f"source={source} is not a known log format; take one of: {', '.join([AUTO, *sources()])}")
+    if inspect.isfunction(found):
+        return Format(source, found, lambda path: iter((path,)), lambda sample: None, False, False)
+    return Format(
+        name=source,
+        read=found.read,
+        find=getattr(found, "find", lambda path: iter((path,))),
+        detect=getattr(found, "detect", lambda sample: None),
+        general=getattr(found, "GENERAL", False),
+        by_line=getattr(found, "BY_LINE", False),
+    )
 
 
 def read(source: str, path: Path, **options: object) -> Iterator[Episode | Rejected]:
     """Yield every record of the log at `path`, a file or a folder, as an Episode or a Rejected.
 
-    Files are read in sorted order and one record is held at a time. `options` go to the format's own
-    ``read``.
+    Files are read in sorted order and one record is held at a time. With ``source="auto"`` each folder and file goes
+    to the format that recognises it. `options` go to the format's own ``read``.
 
     Raises:
-        UserError: at once, for an unknown source, a path that does not exist, or an option that the format
-        lacks.
+        UserError: at once, for an unknown source, a path that does not exist, or an option that the format lacks;
+        with ``auto`` while reading, for a path that no format recognises, or more than one.
     """
-    reader = _reader(source)
-    path = Path(path)
+    if source != AUTO:
+        _check_options(format_of(source), options)
     if not path.exists():
         raise UserError(f"{path} does not exist; path= must name a log file or a folder of them")
-    try:
-        inspect.signature(reader).bind(path, **options)
-    except TypeError as error:
-        raise UserError(f"source={source}: {error}") from None
-    return reader(path, **options)
+    return chain.from_iterable(read_part(part, **options) for part in parts(source, path))
+
+
+def parts(source: str, path: Path) -> Iterator[Part | Rejected]:
+    """The parts of the log at `path`, in the order in which `read` reads them. A Rejected: no format knows the file.
+
+    Raises UserError as `read` does.
+    """
+    if source == AUTO:
+        yield from _recognised(path)
+    else:
+        yield from _parts(format_of(source), path)
+
+
+def read_part(part: Part | Rejected, **options: object) -> Iterator[Episode | Rejected]:
+    """The records of one of the `parts`; options that its format lacks are a UserError."""
+    if isinstance(part, Rejected):
+        return iter((part,))
+    form = format_of(part.source)
+    _check_options(form, options)
+    if form.by_line:
+        options = {**options, "start": part.start, "stop": part.stop}
+    return form.read(part.path, **options)
+
+
+def _check_options(form: Format, options: dict[str, Any]) -> None:
+    known = [name for name in inspect.signature(form.read).parameters if name not in ("path", "start", "stop")]
+    if unknown := [name for name in options if name not in known]:
+        takes = f"its options are {', '.join(known)}" if known else "it has no options"
+        raise UserError(f"source={form.name} does not know {', '.join(unknown)}; {takes}")
+
+
+def _parts(form: Format, path: Path) -> Iterator[Part]:
+    for found in form.find(path):
+        size = 0 if found.is_dir() else found.stat().st_size
+        if form.by_line and size > RANGE_BYTES and found.suffix not in (".gz", ".zst"):
+            starts = [*range(0, size, RANGE_BYTES), size]
+            yield from (Part(form.name, found, b - a, a, b) for a, b in pairwise(starts))
+        else:
+            yield Part(form.name, found, size)
+
+
+# --- source=auto --------------------------------------------------------------------------------------------
+
+
+def _recognised(path: Path) -> Iterator[Part | Rejected]:
+    """A folder goes whole to the format that claims it, else its entries are asked one by one."""
+    claimed = 0
+    for item in _claims(path):
+        claimed += isinstance(item, Part)
+        yield item
+    if not claimed:
+        raise UserError(
+            f"source=auto recognises no log in {path}: it looked for {', '.join(sources())}. "
+            "Name the format with source=, or convert the log to source=jsonl"
+        )
+
+
+def _claims(path: Path) -> Iterator[Part | Rejected]:
+    sample = Sample(path)
+    if form := recognise(sample):
+        yield from _parts(form, path)
+    elif sample.is_dir:
+        for entry in sorted(path.iterdir(), key=lambda p: p.name):
+            if not entry.name.startswith(".") and not (entry.is_dir() and entry.is_symlink()):
+                yield from _claims(entry)
+    elif path.name.removesuffix(".gz").removesuffix(".zst").endswith(_LOGS):
+        yield Rejected(
+            source=AUTO,
+            uri=str(path),
+            offset=0,
+            reason="unknown_format",
+            message=f"no format recognises the file; name one with source=: {', '.join(sources())}",
+        )
+
+
+def recognise(sample: Sample) -> Format | None:
+    """The one format that claims the path. Raises UserError if two do."""
+    formats = [format_of(name) for name in sources()]
+    for general in (False, True):
+        claims = {form: why for form in formats if form.general == general and (why := form.detect(sample))}
+        if len(claims) > 1:
+            told = "; ".join(f"{form.name} ({why})" for form, why in claims.items())
+            raise UserError(f"{sample.path} looks like more than one format: {told}. Name one with source=")
+        if claims:
+            return next(iter(claims))
+    return None
+
+
+__all__ = ["AUTO", "GROUP", "Format", "Part", "format_of", "parts", "read", "read_part", "recognise", "sources"]

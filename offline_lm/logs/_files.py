@@ -1,21 +1,30 @@
-"""Opening logs: which files a path means, decompression, and lines with their byte offsets."""
+"""Opening logs: which files a path means, decompression, and records with their byte offsets.
+
+A path is a `pathlib.Path`, or one that behaves so (`universal_pathlib`, for object stores): nothing here or in an
+adapter may ask more of it than ``iterdir``, ``is_dir``, ``is_file``, ``exists``, ``stat``, ``open("rb")``, ``name``,
+``suffix``, ``parent``, ``/`` and ``str``.
+"""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
 import io
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
+import orjson
 import pyarrow as pa
 
 from offline_lm.errors import UserError
 
 MAX_BYTES = 64 << 20
 """Longest record that is read, decompressed: a bound on memory, and on what a compression bomb can do."""
+TOTAL_BYTES = 512 << 20
+"""Longest file of many records that is held whole (a JSON array; lines are streamed)."""
 EXCERPT = 200
 _CHUNK = 1 << 20
 _BOM = b"\xef\xbb\xbf"
@@ -25,8 +34,8 @@ class Damaged(Exception):
     """The compressed stream cannot be read further."""
 
 
-class Line(NamedTuple):
-    """A raw line without its end; `data` is cut at MAX_BYTES when `too_long`."""
+class Record(NamedTuple):
+    """The bytes of one record (a line without its end, say); `data` is cut at MAX_BYTES when `too_long`."""
 
     offset: int
     """bytes from the start of the (decompressed) file"""
@@ -35,18 +44,59 @@ class Line(NamedTuple):
     too_long: bool
 
 
-def find(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """The file `path` itself, or every file under the folder `path` whose name ends in one of `suffixes`,
-    sorted.
+def walk(path: Path) -> Iterator[Path]:
+    """The file `path` itself, or every file below the folder `path` in sorted order, one folder held at a time.
+
+    Names that begin with a dot are left out, as are links to folders (a loop would never end).
+    """
+    if not path.is_dir():
+        yield path
+        return
+    for entry in sorted(path.iterdir(), key=lambda p: p.name):
+        if entry.name.startswith("."):
+            continue
+        if not entry.is_dir():
+            yield entry
+        elif not entry.is_symlink():
+            yield from walk(entry)
+
+
+def find(path: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """The file `path` itself, or every file under the folder `path` whose name ends in one of `suffixes`, sorted.
 
     Raises UserError if there is none.
     """
-    if not path.is_dir():
-        return [path]
-    files = sorted(p for p in path.rglob("*") if p.name.endswith(suffixes) and p.is_file())
-    if not files:
-        raise UserError(f"{path} holds no file that ends in {', '.join(suffixes)}; name another path")
-    return files
+    return _some(
+        path,
+        (p for p in walk(path) if p == path or p.name.endswith(suffixes)),
+        f"file that ends in {', '.join(suffixes)}",
+    )
+
+
+def find_folders(path: Path, is_one: Callable[[Path], bool], what: str) -> Iterator[Path]:
+    """The outermost folders at or below `path` for which `is_one`, sorted; `what` names them in the error.
+
+    Raises UserError if there is none.
+    """
+
+    def below(folder: Path) -> Iterator[Path]:
+        if is_one(folder):
+            yield folder
+            return
+        for entry in sorted(folder.iterdir(), key=lambda p: p.name):
+            if entry.is_dir() and not entry.name.startswith(".") and not entry.is_symlink():
+                yield from below(entry)
+
+    return _some(path, below(path) if path.is_dir() else iter(()), what)
+
+
+def _some(path: Path, found: Iterator[Path], what: str) -> Iterator[Path]:
+    nothing = True
+    for item in found:
+        nothing = False
+        yield item
+    if nothing:
+        raise UserError(f"{path} holds no {what}; name another path")
 
 
 def open_log(path: Path) -> IO[bytes]:
@@ -55,13 +105,26 @@ def open_log(path: Path) -> IO[bytes]:
     Raises UserError if the file cannot be opened.
     """
     try:
-        if path.suffix == ".gz":
-            return io.BufferedReader(gzip.GzipFile(path, "rb"), _CHUNK)
-        if path.suffix == ".zst":
-            return io.BufferedReader(pa.input_stream(str(path), compression="zstd"), _CHUNK)  # type: ignore[arg-type]
-        return path.open("rb", buffering=_CHUNK)
+        stream = path.open("rb", buffering=_CHUNK)
     except OSError as error:
         raise UserError(f"{path} cannot be opened: {error.strerror or error}") from None
+    if path.suffix == ".gz":
+        return io.BufferedReader(_Closing(stream), _CHUNK)
+    if path.suffix == ".zst":
+        return io.BufferedReader(pa.CompressedInputStream(stream, "zstd"), _CHUNK)  # type: ignore[arg-type]
+    return stream  # type: ignore[return-value]
+
+
+class _Closing(gzip.GzipFile):
+    """A GzipFile that closes the stream it reads from."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        super().__init__(fileobj=stream, mode="rb")
+        self._stream = stream
+
+    def close(self) -> None:
+        super().close()
+        self._stream.close()
 
 
 def _read(stream: IO[bytes], path: Path, size: int, *, line: bool) -> bytes:
@@ -82,11 +145,18 @@ def whole(path: Path, limit: int = MAX_BYTES) -> tuple[bytes, bool]:
     return data[:limit], len(data) > limit
 
 
-def lines(path: Path, limit: int = MAX_BYTES) -> Iterator[Line | Damaged]:
-    """Every line of the file that is not blank; a damaged stream ends with a Damaged."""
-    offset = 0
+def lines(path: Path, limit: int = MAX_BYTES, *, start: int = 0, stop: int | None = None) -> Iterator[Record | Damaged]:
+    """Every line of the file that is not blank; a damaged stream ends with a Damaged.
+
+    With `start` and `stop` only the lines that begin at or after byte `start` and before `stop`: ranges that meet
+    share no line and lose none. Only for files that are not compressed.
+    """
     with open_log(path) as stream:
-        while True:
+        offset = start
+        if start:
+            stream.seek(start - 1)
+            offset += len(stream.readline()) - 1
+        while stop is None or offset < stop:
             try:
                 data = _read(stream, path, limit + 1, line=True)
                 digest, length, too_long = None, len(data), len(data) > limit and not data.endswith(b"\n")
@@ -102,14 +172,90 @@ def lines(path: Path, limit: int = MAX_BYTES) -> Iterator[Line | Damaged]:
                 return
             if not length:
                 return
-            start = offset
+            begin = offset
             offset += length
-            if start == 0 and data.startswith(_BOM):
-                data, start = data[len(_BOM) :], len(_BOM)
+            if begin == 0 and data.startswith(_BOM):
+                data, begin = data[len(_BOM) :], len(_BOM)
             data = data.rstrip(b"\r\n")
             if data.strip():
                 sha256 = (digest or hashlib.sha256(data)).hexdigest()
-                yield Line(start, data, sha256, too_long)
+                yield Record(begin, data, sha256, too_long)
+
+
+# A string, or a bracket outside strings. Possessive, so that a quote without an end costs no backtracking.
+_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
+_GAP = re.compile(rb"[^\s,]")
+
+
+def records(path: Path, limit: int = MAX_BYTES, total: int = TOTAL_BYTES) -> Iterator[Record | Damaged]:
+    """The records of a JSON file, whichever way it holds them: lines, one array of them, or values one after another.
+
+    A name that ends in .jsonl (.gz, .zst), or a first line that is JSON by itself, means lines, read as a stream. A
+    file that begins with ``[`` is an array, and each element a record; everything else is one JSON value or several
+    that follow each other. These two are held in memory, up to `total` bytes.
+    """
+    stem = path.name.removesuffix(".gz").removesuffix(".zst")
+    try:
+        by_line = stem.endswith((".jsonl", ".ndjson")) or _first_line_is_json(path, limit)
+        if not by_line:
+            data, more = whole(path, total)
+    except Damaged as damaged:
+        yield damaged
+        return
+    if by_line:
+        yield from lines(path, limit)
+        return
+    if more:
+        yield Damaged(f"more than {total} bytes in one JSON value; write one episode a line")
+        return
+    for begin, end in _values(data):
+        part = data[begin:end]
+        yield Record(begin, part[:limit], hashlib.sha256(part).hexdigest(), len(part) > limit)
+
+
+def _first_line_is_json(path: Path, limit: int) -> bool:
+    with open_log(path) as stream:
+        line = _read(stream, path, limit, line=True).removeprefix(_BOM).strip()
+    if not line.startswith(b"{"):
+        return False
+    try:
+        orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return False
+    return True
+
+
+def _values(data: bytes) -> Iterator[tuple[int, int]]:
+    """(begin, end) of each element of the array that `data` begins with, else of each value."""
+    first = _GAP.search(data, len(_BOM) if data.startswith(_BOM) else 0)
+    if first is None:
+        return
+    inside = first[0] == b"["
+    at = first.end() if inside else first.start()
+    depth, begin = 0, at
+    for token in _TOKEN.finditer(data, at):
+        kind = token[0][:1]
+        if kind in b"{[":
+            if depth == 0:
+                if gap := _GAP.search(data, at, token.start()):  # neither object nor array: kept, to be refused
+                    yield gap.start(), token.start()
+                begin = token.start()
+            depth += 1
+        elif kind in b"}]":
+            depth -= 1
+            if depth == 0:
+                at = token.end()
+                yield begin, at
+            elif depth < 0:  # the array ends, or one bracket too many
+                if gap := _GAP.search(data, at, token.start()):
+                    yield gap.start(), token.start()
+                if rest := _GAP.search(data, token.end()):
+                    yield rest.start(), len(data)
+                return
+    if depth > 0:  # cut short
+        yield begin, len(data)
+    elif gap := _GAP.search(data, at):
+        yield gap.start(), len(data)
 
 
 def excerpt(data: bytes) -> str:

@@ -33,7 +33,9 @@ from typing import Any
 
 import orjson
 
-from offline_lm.logs._files import MAX_BYTES, Damaged, Line, excerpt, find, lines
+from offline_lm.logs import _files
+from offline_lm.logs._adapters import Sample, damaged, rejected
+from offline_lm.logs._files import MAX_BYTES, Damaged, Record, lines
 from offline_lm.logs._records import (
     Bad,
     Converter,
@@ -47,6 +49,7 @@ from offline_lm.types import Candidate, Episode, Rejected, Step
 
 SOURCE = "jsonl"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+BY_LINE = True
 _COMPUTED = (
     "episode_id",
     "content_hash",
@@ -59,8 +62,22 @@ _COMPUTED = (
 """Keys that an export of the store or this format has beyond the fields of Episode; `n_steps` is checked."""
 
 
-def read(path: Path) -> Iterator[Episode | Rejected]:
+def detect(sample: Sample) -> str | None:
+    if isinstance(steps := sample.keys and sample.value.get("steps"), list) and steps and isinstance(steps[0], dict):
+        seen, did = {"observation", "messages"}, {"action", "response"}
+        if seen & steps[0].keys() and did & steps[0].keys():
+            return "objects with steps that have an observation and an action"
+    return None
+
+
+def find(path: Path) -> Iterator[Path]:
+    return _files.find(path, SUFFIXES)
+
+
+def read(path: Path, *, start: int = 0, stop: int | None = None) -> Iterator[Episode | Rejected]:
     """Every line of a file, or of the files ending in `SUFFIXES` under a folder, as an Episode or a Rejected.
+
+    `start` and `stop` are bytes of one file that is not compressed: only lines that begin there.
 
     Blank lines and a byte order mark are skipped. Offsets are bytes of the decompressed file; sha256 is of
     the line without its end. A file cut inside its compression ends in a Rejected (``damaged_file``).
@@ -68,17 +85,16 @@ def read(path: Path) -> Iterator[Episode | Rejected]:
     Raises:
         UserError: a folder without such files, or a file that cannot be opened.
     """
-    return chain.from_iterable(_read_file(file) for file in find(path, SUFFIXES))
+    return chain.from_iterable(_read_file(file, start, stop) for file in find(path))
 
 
-def _read_file(path: Path) -> Iterator[Episode | Rejected]:
+def _read_file(path: Path, start: int, stop: int | None) -> Iterator[Episode | Rejected]:
     uri, dataset, end = str(path), path.name, 0
     for suffix in SUFFIXES:
         dataset = dataset.removesuffix(suffix)
-    for line in lines(path):
+    for line in lines(path, start=start, stop=stop):
         if isinstance(line, Damaged):
-            message = f"the compressed file cannot be read further ({line}); mend or fetch the file again"
-            yield Rejected(source=SOURCE, uri=uri, offset=end, reason="damaged_file", message=message)
+            yield damaged(SOURCE, path, line, end)
             return
         end = line.offset + len(line.data) + 1
         try:
@@ -86,15 +102,7 @@ def _read_file(path: Path) -> Iterator[Episode | Rejected]:
                 raise Bad("too_large", f"the line is longer than {MAX_BYTES} bytes; shorten its pages")
             yield _episode(parse(line.data), line, uri, dataset)
         except Bad as bad:
-            yield Rejected(
-                source=SOURCE,
-                uri=uri,
-                offset=line.offset,
-                reason=bad.reason,
-                message=bad.message,
-                sha256=line.sha256,
-                excerpt=excerpt(line.data),
-            )
+            yield rejected(SOURCE, path, bad, line.offset, line.data, line.sha256)
 
 
 # --- fields whose JSON form is freer than their type --------------------------------------------------------
@@ -161,7 +169,7 @@ _LIMITS = ("step_limit", "time_limit")
 # --- one line -----------------------------------------------------------------------------------------------
 
 
-def _episode(value: Any, line: Line, uri: str, dataset: str) -> Episode:
+def _episode(value: Any, line: Record, uri: str, dataset: str) -> Episode:
     if type(value) is not dict:
         raise Bad("not_an_object", "the line is not a JSON object; write an episode as one object a line")
     given = {key: item for key, item in value.items() if key != "steps" and key not in _COMPUTED}

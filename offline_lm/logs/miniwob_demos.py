@@ -37,7 +37,9 @@ from typing import Any
 
 import orjson
 
-from offline_lm.logs._files import MAX_BYTES, Damaged, excerpt, find, whole
+from offline_lm.logs import _files
+from offline_lm.logs._adapters import Sample, rejected
+from offline_lm.logs._files import MAX_BYTES, Damaged, whole
 from offline_lm.logs._records import Bad, count_keys, parse
 from offline_lm.types import Episode, Rejected, Step
 
@@ -49,6 +51,14 @@ Node = dict[str, Any]
 State = dict[str, Any]
 
 
+def detect(sample: Sample) -> str | None:
+    return "states and a rawReward" if {"states", "rawReward", "utterance"} <= sample.keys else None
+
+
+def find(path: Path) -> Iterator[Path]:
+    return _files.find(path, SUFFIXES)
+
+
 def read(path: Path) -> Iterator[Episode | Rejected]:
     """Every demonstration of a file or folder: one Episode or one Rejected for each file.
 
@@ -58,7 +68,7 @@ def read(path: Path) -> Iterator[Episode | Rejected]:
     Raises:
         UserError: a folder without .json or .json.gz files, or a file that cannot be opened.
     """
-    return map(_read_file, find(path, SUFFIXES))
+    return map(_read_file, find(path))
 
 
 def _read_file(path: Path) -> Episode | Rejected:
@@ -73,15 +83,7 @@ def _read_file(path: Path) -> Episode | Rejected:
             raise Bad("too_large", f"the file holds more than {MAX_BYTES} bytes; is it a demonstration?")
         return _episode(parse(data, refuse_duplicates=False), path, sha256)
     except Bad as bad:
-        return Rejected(
-            source=SOURCE,
-            uri=str(path),
-            offset=0,
-            reason=bad.reason,
-            message=bad.message,
-            sha256=sha256,
-            excerpt=excerpt(data) or None,
-        )
+        return rejected(SOURCE, path, bad, 0, data, sha256)
 
 
 def _episode(demo: Any, path: Path, sha256: str) -> Episode:
