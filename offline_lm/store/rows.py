@@ -51,6 +51,11 @@ class Rows:
     n_steps: int
 
 
+def episode_id(source: str, dataset: str | None, native_id: str) -> str:
+    """The store's id of an episode: the same log read again, anywhere, gives the same id."""
+    return str(uuid.uuid5(EPISODE_NAMESPACE, _json([source, dataset, native_id])))
+
+
 def convert(episode: Episode, ingest_id: str) -> Rows:
     """Checks ``episode`` and converts it.
 
@@ -61,15 +66,15 @@ def convert(episode: Episode, ingest_id: str) -> Rows:
     """
     _check_steps(episode.steps)
     try:
-        episode_id = str(uuid.uuid5(EPISODE_NAMESPACE, _json([episode.source, episode.dataset, episode.native_id])))
-        steps = [_step_row(step, episode_id, ingest_id) for step in episode.steps]
-        row = _episode_row(episode, episode_id, ingest_id)
+        id_ = episode_id(episode.source, episode.dataset, episode.native_id)
+        steps = [_step_row(step, id_, ingest_id) for step in episode.steps]
+        row = _episode_row(episode, id_, ingest_id)
         _check_finite(row, steps)
         row["content_hash"] = _content_hash(row, steps)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise _invalid(error, f"episode {episode.native_id!r}") from error
     return Rows(
-        episode_id=episode_id,
+        episode_id=id_,
         content_hash=row["content_hash"],
         episode=_batch([row], schema.EPISODES),
         steps=_batch(steps, schema.STEPS),
