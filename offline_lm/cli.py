@@ -32,8 +32,11 @@ from offline_lm.errors import UserError
 
 Body = Callable[[DictConfig], Mapping[str, Any] | None]
 
-_VERBATIM = {"path", "store", "input", "output", "run_dir", "data.store", "model.path", "run", "overrides"}
-"""Keys whose value is a file name: taken as written, commas and brackets included."""
+_VERBATIM = {
+    *("path", "labels", "store", "input", "output", "run_dir", "data.store", "model.path", "run", "overrides"),
+    *("where", "sql"),
+}
+"""Keys whose value is a file name or SQL: taken as written, commas and brackets included."""
 
 _targets: ContextVar[frozenset[str] | None] = ContextVar("targets", default=None)
 

@@ -49,7 +49,7 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
     algo = cli.instantiate(cfg.algo)
     name = type(algo).__module__.rsplit(".", 1)[-1]
     device = _checked(cfg)
-    store = Store.open(cfg.data.store)
+    store = Store.open(cfg.data.store, cfg.data.version).frozen()
     with store.connect() as db, explained(store):
         replay = replays.select(
             db,

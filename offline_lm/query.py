@@ -25,7 +25,7 @@ from offline_lm.store import Store
 from offline_lm.store.connect import explained
 
 _FORMATS = ("table", "csv", "json", "parquet")
-_KEYS = ("store", "format", "output", "rows", "json")
+_KEYS = ("store", "version", "format", "output", "rows", "json")
 _ASSIGNMENT = re.compile(r"\+{0,2}[A-Za-z_][\w.@/]*=")
 _PARAM = re.compile(r"^--\s*param\s+(\w+)(?:\s*=\s*(.*?))?\s*$")
 
@@ -65,7 +65,7 @@ def query(cfg: DictConfig, text: str, params: dict[str, str]) -> dict[str, Any] 
     if type(cfg.rows) is not int or cfg.rows < 1:
         raise UserError(f"rows={cfg.rows}: a whole number from 1 is wanted")
     sql = read_sql(text)
-    store = Store.open(cfg.store)
+    store = Store.open(cfg.store, cfg.version)
     with store.connect() as db:
         db.execute("SET errors_as_json = true")
         with _sql_errors(sql), explained(store):

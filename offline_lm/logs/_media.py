@@ -1,7 +1,7 @@
 """Images of a log as the store's ``screenshot``: a hash, a type, and whether the picture is there.
 
 Here a screenshot is a dict with ``sha256``, ``mime`` and ``status``, and, where there is a picture, either ``data``
-(its bytes) or ``path`` (the file that holds it): the store keeps the picture beside the tables under its hash, and
+(its bytes) or ``path`` (a Path, the file that holds it): the store keeps the picture beside the tables under its hash, and
 drops these two keys. ``status`` is one of
 
 - ``ok``: there was a picture (the store says ``stored`` once it has it)
@@ -53,7 +53,7 @@ def of_file(path: Path) -> dict[str, Any]:
             digest.update(chunk)
             chunk = stream.read(1 << 20)
     shot = _named(head, digest.hexdigest())
-    return shot | {"path": str(path)} if shot["status"] == "ok" else shot
+    return shot | {"path": path} if shot["status"] == "ok" else shot
 
 
 def of_bytes(data: bytes) -> dict[str, Any]:

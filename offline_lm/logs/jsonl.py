@@ -21,6 +21,9 @@ terminate, step_limit and time_limit truncate, errors and unknown leave null); a
 episode reached truncates; a labelled outcome terminates; else both stay null.
 
 Keys that are no column go to ``extra`` of the episode or step, and the episode is flagged ``unknown_keys``.
+
+A line with ``"exact": true`` is an export of a store: nothing of the above is inferred, and source and identity are
+those of the episode that was exported (`offline_lm.logs._exact`).
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from typing import Any
 
 import orjson
 
-from offline_lm.logs import _files
+from offline_lm.logs import _exact, _files
 from offline_lm.logs._adapters import Sample, damaged, rejected
 from offline_lm.logs._files import MAX_BYTES, Damaged, Record, lines
 from offline_lm.logs._records import (
@@ -172,6 +175,8 @@ _LIMITS = ("step_limit", "time_limit")
 def _episode(value: Any, line: Record, uri: str, dataset: str) -> Episode:
     if type(value) is not dict:
         raise Bad("not_an_object", "the line is not a JSON object; write an episode as one object a line")
+    if _exact.is_exact(value):
+        return _exact.read(value)
     given = {key: item for key, item in value.items() if key != "steps" and key not in _COMPUTED}
     fields, unknown = convert(_EPISODE, given, "")
     flags = list(fields.pop("quality_flags", ()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -42,13 +42,23 @@ class Invalid(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """One episode as Arrow rows, ready to be committed."""
+    """One episode as rows of plain values, checked; `arrow` makes them columns."""
 
-    episode_id: str
-    content_hash: str
-    episode: pa.RecordBatch
-    steps: pa.RecordBatch
-    n_steps: int
+    episode: dict[str, Any]
+    steps: list[dict[str, Any]]
+
+    @property
+    def episode_id(self) -> str:
+        return self.episode["episode_id"]
+
+    @property
+    def content_hash(self) -> str:
+        return self.episode["content_hash"]
+
+    @property
+    def n_steps(self) -> int:
+        """Decisions: the final observation is not counted."""
+        return self.episode["n_steps"]
 
 
 def episode_id(source: str, dataset: str | None, native_id: str) -> str:
@@ -57,7 +67,7 @@ def episode_id(source: str, dataset: str | None, native_id: str) -> str:
 
 
 def convert(episode: Episode, ingest_id: str) -> Rows:
-    """Checks ``episode`` and converts it.
+    """Checks ``episode`` and converts it. What does not fit its column, `arrow` finds.
 
     Raises:
         Invalid: with reason ``no_steps``, ``step_order``, ``final_observation``, ``no_action``,
@@ -73,12 +83,18 @@ def convert(episode: Episode, ingest_id: str) -> Rows:
         row["content_hash"] = _content_hash(row, steps)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise _invalid(error, f"episode {episode.native_id!r}") from error
-    return Rows(
-        episode_id=id_,
-        content_hash=row["content_hash"],
-        episode=_batch([row], schema.EPISODES),
-        steps=_batch(steps, schema.STEPS),
-        n_steps=row["n_steps"],
+    return Rows(row, steps)
+
+
+def arrow(rows: Sequence[Rows]) -> tuple[pa.RecordBatch, pa.RecordBatch]:
+    """(rows of ``episodes``, rows of ``steps``) of checked episodes, steps in the order of the episodes.
+
+    Raises:
+        Invalid: a value does not fit its column: ``int_range``, ``lone_surrogate`` or ``bad_type``.
+    """
+    return (
+        _batch([row.episode for row in rows], schema.EPISODES),
+        _batch([step for row in rows for step in row.steps], schema.STEPS),
     )
 
 
@@ -152,7 +168,9 @@ def _struct(name: str, value: Any, kind: pa.StructType, extra: dict[str, Any]) -
     row: dict[str, Any] = {}
     for key in known.keys() & value.keys():
         item = value[key]
-        if known[key] == pa.string() and item is not None and not isinstance(item, str):
+        if item is None:  # absent and null are one content
+            continue
+        if known[key] == pa.string() and not isinstance(item, str):
             item = _json(item)  # a ref is a number in some logs
         row[key] = item
     if other := {key: item for key, item in value.items() if key not in known}:
@@ -205,17 +223,25 @@ def _json(value: Any) -> str:
 
 
 def _batch(rows: list[dict[str, Any]], kind: pa.Schema) -> pa.RecordBatch:
-    try:
-        return pa.RecordBatch.from_pylist(rows, schema=kind)
-    except (TypeError, ValueError, OverflowError):
-        for row in rows:
-            for field in kind:
-                try:
-                    pa.array([row.get(field.name)], field.type)
-                except (TypeError, ValueError, OverflowError) as error:
-                    place = f"step {row['step']}" if "step" in row else "episode"
-                    raise _invalid(error, f"{place}: {field.name}") from error
-        raise
+    columns = []
+    for field in kind:
+        values = [row.get(field.name) for row in rows]
+        try:
+            columns.append(pa.array(values, field.type))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise _invalid(error, _culprit(rows, values, field)) from error
+    return pa.RecordBatch.from_arrays(columns, schema=kind)
+
+
+def _culprit(rows: list[dict[str, Any]], values: list[Any], field: pa.Field) -> str:
+    """The place of the first value that is no value of the column."""
+    for row, value in zip(rows, values, strict=True):
+        try:
+            pa.array([value], field.type)
+        except (TypeError, ValueError, OverflowError):
+            place = f"step {row['step']}" if "step" in row else "episode"
+            return f"{place}: {field.name}"
+    return field.name
 
 
 def _invalid(error: Exception, where: str) -> Invalid:

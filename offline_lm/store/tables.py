@@ -7,19 +7,24 @@ below a table that the table does not know.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+import random
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
-from deltalake import ColumnProperties, DeltaTable, WriterProperties, write_deltalake
+import pyarrow.parquet as pq
+from deltalake import DeltaTable, Schema
 from deltalake.exceptions import DeltaError
 
 from offline_lm.errors import UserError
-from offline_lm.store import schema
+from offline_lm.store import commits, schema
 
 if TYPE_CHECKING:
     import duckdb
@@ -28,15 +33,8 @@ _UNSAFE = set("%*?[]")
 """deltalake 1.6 decodes or panics on these in a local path, and DuckDB reads them as a glob."""
 
 
-def _writer(table: str) -> WriterProperties:
-    """zstd 1 and row groups of 1,024: fast to write, and a batch of steps is a few row groups to read."""
-    plain = ColumnProperties(dictionary_enabled=False, statistics_enabled="NONE")
-    return WriterProperties(
-        compression="ZSTD",
-        compression_level=1,
-        max_row_group_size=1024 if table == "steps" else 65_536,
-        column_properties=dict.fromkeys(schema.LONG_TEXT.get(table, ()), plain),
-    )
+ATTEMPTS = 200
+"""How often a commit is tried before a writer gives up; each failure means that another writer succeeded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,23 +43,53 @@ class Store:
 
     url: str
     """Absolute folder, or URL with a scheme that deltalake understands."""
+    pinned: Mapping[str, int] = field(default_factory=dict)
+    """Tables that are read at an older version; all others at their newest."""
 
     @classmethod
-    def open(cls, url: str | Path) -> Store:
-        """The store at ``url``.
+    def open(cls, url: str | Path, version: int | str | None = None) -> Store:
+        """The store at ``url``, now or as it was.
+
+        Args:
+            version: of the table ``episodes`` (`versions` tells the present one), which decides what can be seen; or
+                the id of a run: what that run was trained on.
 
         Raises:
-            UserError: nothing is there, it is no store, or a newer version of offline_lm wrote it.
+            UserError: nothing is there, it is no store, a newer version of offline_lm wrote it, or it has no such
+            version (any more).
         """
         store = cls(_normalise(url))
-        if not store._exists("episodes"):
+        if not store.exists("episodes"):
             if store.is_local and not Path(store.url).exists():
                 problem = f"no store at {store.url}"
             else:
                 problem = f"{store.url} is not a store (it holds no table `episodes`)"
             raise UserError(f"{problem}: run `python -m offline_lm.ingest path=LOGS store={url}` first")
         store._check_version()
+        return store if version is None else store.at(version)
+
+    def at(self, version: int | str) -> Store:
+        """This store as it was; see `open`."""
+        if isinstance(version, str) and not version.isdecimal():
+            pinned = self._versions_of_run(version)
+        else:
+            pinned = {"episodes": int(version)}
+        store = replace(self, pinned=pinned)
+        for table in pinned:
+            gone = [file for file in store.files(table) if self.is_local and not Path(file).exists()]
+            if gone:
+                raise UserError(f"version {pinned[table]} of {table} in {self.url} is gone: it was vacuumed away")
         return store
+
+    def frozen(self) -> Store:
+        """This store with episodes and steps held at their present version, whatever others add meanwhile."""
+        versions = self.versions()
+        return replace(self, pinned={table: versions[table] for table in ("episodes", "steps") if table in versions})
+
+    @classmethod
+    def at_url(cls, url: str | Path) -> Store:
+        """A Store for ``url`` of which nothing was looked at: it may be damaged, or not there."""
+        return cls(_normalise(url))
 
     @classmethod
     def create(cls, url: str | Path) -> Store:
@@ -71,7 +99,7 @@ class Store:
             folder = Path(store.url)
             if folder.exists() and not folder.is_dir():
                 raise UserError(f"{folder} is a file: a store is a folder")
-            if not store._exists("episodes") and folder.is_dir() and any(folder.iterdir()):
+            if not store.exists("episodes") and folder.is_dir() and any(folder.iterdir()):
                 raise UserError(f"{folder} holds other files and is no store: name a new or empty folder")
         store._create_table("episodes")
         store._check_version()
@@ -91,31 +119,67 @@ class Store:
             pyarrow.ArrowInvalid, pyarrow.ArrowTypeError: a value that does not fit its column.
         """
         data = _as_table(table, rows)
-        if data.num_rows == 0:
-            return
+        if data.num_rows:
+            self.append_checked(table, lambda _: data)
+
+    def append_checked(self, table: str, make: Callable[[Sequence[str]], pa.Table | None]) -> None:
+        """Appends what ``make(files)`` returns, if the snapshot with these files is still the newest when it commits.
+
+        Where another process commits first, ``make`` is asked again with the new files. So what it found out about
+        the table (that an episode is not in it, say) holds in the snapshot that the rows become part of.
+
+        Args:
+            make: from the Parquet files of the newest snapshot to the rows to append; None or no rows append nothing.
+
+        Raises:
+            UserError: the disk is full, or other writers were faster ATTEMPTS times.
+        """
         self._create_table(table)
-        write_deltalake(
-            self._table_url(table),
-            data,
-            mode="append",
-            schema_mode="merge",  # a store of an older version gains the new columns
-            writer_properties=_writer(table),
-        )
+        url = self.table_url(table)
+        data = add = None
+        try:
+            for attempt in range(ATTEMPTS):
+                delta = self.delta(table)
+                made = make(self._uris(table, delta))
+                if made is not data and add is not None:
+                    commits.filesystem(url).delete_file(add.path)
+                    add = None
+                data = made
+                if data is None or data.num_rows == 0:
+                    return
+                add = add or commits.write_file(table, url, data.to_batches())
+                try:
+                    commits.commit(table, url, delta, [add], {})
+                    return
+                except commits.Conflict:
+                    time.sleep(random.uniform(0, min(0.5, 0.005 * 2**attempt)))
+        except (OSError, DeltaError) as error:
+            raise UserError(f"{url} cannot be written ({error}): nothing of this commit is kept") from error
+        raise UserError(f"{url}: other writers were faster {ATTEMPTS} times; run it again")
 
     def files(self, table: str) -> list[str]:
-        """Parquet files of the newest snapshot of ``table``: absolute paths, or URLs. Empty: no rows yet."""
+        """Parquet files of the snapshot of ``table``: absolute paths, or URLs. Empty: no rows yet."""
         _known(table)
-        if not self._exists(table):
+        if not self.exists(table):
             return []
-        uris = self._delta(table).file_uris()
+        return self._uris(table, self.delta(table, self.pinned.get(table)))
+
+    def read_file(self, table: str, file: str, columns: list[str]) -> pa.Table:
+        """Columns of one of the `files` of ``table``; those that it lacks, being older, are absent."""
+        with commits.filesystem(self.table_url(table)).open_input_file(file.rsplit("/", 1)[1]) as stream:
+            return pq.read_table(stream, columns=columns)
+
+    def _uris(self, table: str, delta: DeltaTable) -> list[str]:
+        uris = delta.file_uris()
         if not self.is_local:
             return uris
         # deltalake percent-encodes the folder of a local table; the file's own name is always plain.
-        return [f"{self._table_url(table)}/{uri.rsplit('/', 1)[1]}" for uri in uris]
+        return [f"{self.table_url(table)}/{uri.rsplit('/', 1)[1]}" for uri in uris]
 
     def versions(self) -> dict[str, int]:
         """Delta version of each table that exists: together they name a snapshot of the store."""
-        return {table: self._delta(table).version() for table in schema.TABLES if self._exists(table)}
+        newest = {table: self.delta(table).version() for table in schema.TABLES if self.exists(table)}
+        return {**newest, **self.pinned}
 
     def connect(self) -> duckdb.DuckDBPyConnection:
         """A fresh DuckDB connection to the present snapshot; see `offline_lm.store.connect`."""
@@ -156,37 +220,58 @@ class Store:
             raise UserError(f"{self.url} is remote and has no folders of its own: give {instead}")
         return Path(self.url)
 
-    def _table_url(self, table: str) -> str:
+    def table_url(self, table: str) -> str:
+        """Folder or URL of the Delta table."""
         return f"{self.url}/tables/{table}"
 
-    def _exists(self, table: str) -> bool:
-        return DeltaTable.is_deltatable(self._table_url(table))
+    def exists(self, table: str) -> bool:
+        """Whether ``table`` was ever written to."""
+        return DeltaTable.is_deltatable(self.table_url(table))
 
-    def _delta(self, table: str) -> DeltaTable:
+    def delta(self, table: str, version: int | None = None) -> DeltaTable:
+        """The Delta table ``table``, at its newest version if none is given. Raises UserError."""
+        url = self.table_url(table)
         try:
-            return DeltaTable(self._table_url(table))
+            return DeltaTable(url, version=version)
         except DeltaError as error:
-            raise UserError(f"{self._table_url(table)}: its log cannot be read: {error}") from error
+            if version is not None:
+                newest = DeltaTable(url).version()
+                if not 0 <= version <= newest:
+                    raise UserError(
+                        f"{self.url}: version {version} of {table} does not exist; the newest is {newest}"
+                    ) from error
+            raise UserError(
+                f"{url}: its log cannot be read ({error}); run `python -m offline_lm.doctor store={self.url}`"
+            ) from error
+
+    def _versions_of_run(self, name: str) -> dict[str, int]:
+        run_id = self.resolve_run(name)
+        with self.connect() as db:
+            row = db.execute("SELECT store_versions FROM runs WHERE run_id = ?", [run_id]).fetchone()
+        versions = json.loads(row[0]) if row and row[0] else {}
+        return {table: versions[table] for table in ("episodes", "steps") if table in versions}
 
     def _create_table(self, table: str) -> None:
-        if self._exists(table):
+        """Makes the table if there is none; gives one of an older version the columns that it lacks."""
+        url = self.table_url(table)
+        if self.exists(table):
+            delta = self.delta(table)
+            have = {column.name for column in delta.schema().fields}
+            if lacking := [
+                column for column in Schema.from_arrow(schema.TABLES[table]).fields if column.name not in have
+            ]:
+                delta.alter.add_columns(lacking)
             return
         if self.is_local:
-            Path(self._table_url(table)).mkdir(parents=True, exist_ok=True)
-        DeltaTable.create(
-            self._table_url(table),
-            schema.TABLES[table],
-            mode="ignore",
-            name=table,
-            configuration={
-                schema.VERSION_KEY: str(schema.SCHEMA_VERSION),
-                "delta.dataSkippingStatsColumns": schema.stats_columns(table),
-            },
-            raise_if_key_not_exists=False,
-        )
+            Path(url).mkdir(parents=True, exist_ok=True)
+        _create(table, url)
+        if self.is_local:
+            commits.sync_log(url)
+            for folder in (Path(url), *list(Path(url).parents)[:3]):  # table, tables, store, and where that was made
+                commits.sync(folder)
 
     def _check_version(self) -> None:
-        metadata = self._delta("episodes").metadata()
+        metadata = self.delta("episodes").metadata()
         version = metadata.configuration.get(schema.VERSION_KEY)
         if version is None:
             raise UserError(f"{self.url}: its table `episodes` was not written by offline_lm")
@@ -195,6 +280,27 @@ class Store:
                 f"{self.url} has schema version {version}, this offline_lm knows {schema.SCHEMA_VERSION}: "
                 "upgrade offline_lm"
             )
+
+
+def _create(table: str, url: str) -> None:
+    DeltaTable.create(
+        url,
+        schema.TABLES[table],
+        mode="ignore",
+        name=table,
+        configuration={
+            schema.VERSION_KEY: str(schema.SCHEMA_VERSION),
+            "delta.dataSkippingStatsColumns": schema.stats_columns(table),
+        },
+        raise_if_key_not_exists=False,
+    )
+
+
+def first_entry(table: str) -> str:
+    """The first entry of the log of a table: protocol, schema, configuration."""
+    with tempfile.TemporaryDirectory() as folder:
+        _create(table, folder)
+        return Path(folder, "_delta_log", f"{0:020}.json").read_text(encoding="utf-8")
 
 
 def _normalise(url: str | Path) -> str:

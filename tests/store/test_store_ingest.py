@@ -42,6 +42,7 @@ def test_everything_read_is_accepted_duplicate_or_quarantined(store):
         "by_reason": {"json_syntax": 1, "step_order": 1},
         "episodes": 2,
         "steps": 4,
+        "redacted": {},
     }
     assert rows(store, "SELECT count(*) FROM episodes") == [(2,)]
     assert rows(store, "SELECT count(*) FROM steps") == [(4,)]
@@ -158,15 +159,15 @@ def test_rewards_are_float64_whatever_came_first(store):
 
 
 def test_a_crash_between_the_commits_leaves_nothing_to_see(store, monkeypatch):
-    append = Store.append
+    checked = Store.append_checked
 
-    def crash(self, table, data):
+    def crash(self, table, make):
         if table == "episodes":
             raise RuntimeError("power cut")
-        append(self, table, data)
+        checked(self, table, make)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "append", crash)
+        patch.setattr(Store, "append_checked", crash)
         with pytest.raises(RuntimeError, match="power cut"):
             add(store, [episode("1")])
     assert store.versions()["steps"] == 1

@@ -1,0 +1,385 @@
+"""Secrets out of episodes before they are hashed and stored.
+
+Three things are taken for secrets: what a pattern finds (`default_patterns`), the whole value of a key named like
+password, token or cookie, and what an action types into a password field (`offline_lm.store._typed`). Each becomes
+``[redacted:KIND:n]``, numbered within the episode in the order found: equal secrets stay equal, so a goal still matches
+what was typed, and no hash is left that could be tried out. A secret found once is then replaced wherever else the
+episode holds it as a whole word: from 8 characters if a pattern found it, from 4 if it was typed into a password field;
+a shorter one only in the step that typed it.
+
+Token ids of a redacted text would give it away: they are dropped (flag ``tokens_dropped_by_redaction``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
+from functools import lru_cache
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import orjson
+import yaml
+
+from offline_lm import paths
+from offline_lm.store import _typed
+from offline_lm.store._patterns import PLACEHOLDER, Patterns, hidden
+from offline_lm.types import Episode, Rejected, Step
+
+T = TypeVar("T")
+Change = Callable[[str], str]
+
+FLAG = "tokens_dropped_by_redaction"
+_LEAST = {"typed_password": 4}
+_LEAST_OF_PATTERN = 8
+_DEEPEST = 300
+"""Values nested deeper than the store takes (orjson: 254) are left: they reach quarantine without content."""
+
+_KEY = re.compile(
+    r"""(?x)
+    (?! (?i:.*\b|.*_) (?i:eos|bos|pad|unk|sep|cls|mask|stop|special|start|end|max|min|num|n|per)[_-]?(?i:token) $ )
+    (?: (?:.*[_\-.\s:])? (?i: passw(?:or)?d\d? | passwort | pwd | passphrase | passcode | secrets? | token | jwt
+        | authorization | (?:set-)?cookies?2? | (?:api|access|private|secret|auth)[_-]?key | credentials? | bearer )
+    | .*[a-z](?: Password | Passwd | Token | Secret | ApiKey | Cookies? | PrivateKey | AccessKey ) )
+    """
+)
+_KEY_WORDS = (
+    *("passw", "pwd", "passphrase", "passcode", "secret", "token", "authorization", "cookie", "apikey", "api_key"),
+    *("api-key", "access_key", "accesskey", "access-key", "private_key", "privatekey", "private-key", "auth_key"),
+    *("authkey", "auth-key", "credential", "jwt", "bearer"),
+)
+_TOKENS_KEY = re.compile(r"(?i).*(?:token_?ids|prompt_ids|completion_ids|input_ids|response_ids|tokens|logprobs)")
+_MENTION = re.compile(
+    r"(?i)passw|passcode|passphrase|pwd|secret|token|cookie|authorization|bearer|credential"
+    r"|(?:api|access|private)[ _-]?key"
+)
+_LOGIN = re.compile(_MENTION.pattern + r"|log[ _-]?in|sign[ _-]?in|\btyped?[\s(\[]|\bfill|\binput_text|send_keys")
+
+_SKIPPED = {
+    *("source", "sha256", "steps", "screenshot", "context_hash", "adapter_version", "observation_kind", "tokenizer_id"),
+    *("ts_start", "ts_end", "prompt_token_ids", "response_token_ids", "response_logprobs", "started_at"),
+}
+_PAGE = {"observation", "messages", "url", "title", "observation_error"}
+
+
+def default_patterns() -> dict[str, str]:
+    """Kind -> regular expression, as in conf/redact/default.yaml."""
+    return yaml.safe_load((paths.CONF / "redact" / "default.yaml").read_text("utf-8"))["patterns"]
+
+
+class Redactor:
+    """Takes secrets out of texts, episodes and rejected records, and counts them by kind in ``counts``.
+
+    Args:
+        patterns: kind -> regular expression, as `offline_lm.store._patterns.Patterns` reads them.
+            Without any pattern nothing is redacted, typed passwords neither.
+
+    Raises:
+        UserError: an expression that does not compile or can match nothing at all, a kind that is no name.
+    """
+
+    def __init__(self, patterns: Mapping[str, str]) -> None:
+        self.counts: Counter[str] = Counter()
+        self._off = not patterns
+        self._patterns = Patterns(patterns, (*_KEY_WORDS, *_typed.WORDS))
+
+    @classmethod
+    def default(cls) -> Redactor:
+        return cls(default_patterns())
+
+    def text(self, text: str) -> str:
+        """`text` with what the patterns find replaced; numbered within this text."""
+        if self._off:
+            return text
+        words = self._patterns.words(text)
+        return self._search(words, _Vault(self.counts, [text]))(text) if self._patterns.may_match(words) else text
+
+    def episode(self, episode: Episode) -> Episode:
+        """`episode` without its secrets; the same object if it holds none."""
+        if self._off:
+            return episode
+        texts = list(_texts(episode))
+        words = self._patterns.words("\n".join(texts))
+        named = not words.isdisjoint(_KEY_WORDS)
+        may_type = not words.isdisjoint(_typed.WORDS)
+        if not (named or may_type or self._patterns.may_match(words)):
+            return episode
+        vault = _Vault(self.counts, texts)
+        typed = list(_typed.passwords(episode)) if may_type else []
+        for _, literal in typed:
+            vault.of(literal, "typed_password")
+        redacted = _rewrite(episode, self._search(words, vault), vault.hide if named else None)
+        if everywhere := vault.everywhere():
+            redacted = _rewrite(redacted, everywhere, None)
+        redacted = _in_step(redacted, [(i, text) for i, text in typed if len(text) < _LEAST["typed_password"]], vault)
+        return episode if redacted is episode else _without_traces(episode, redacted)
+
+    def _search(self, words: frozenset[str], vault: _Vault) -> Change:
+        return lambda text: self._patterns.replace(text, words, lambda found, kind: vault.of(found, kind, count=True))
+
+    def rejected(self, rejected: Rejected) -> Rejected:
+        """`rejected` without secrets.
+
+        Its excerpt may be cut anywhere, so where it so much as mentions a password, token or login, all values after
+        that are masked; in the message, all that is quoted after it.
+        """
+        if self._off:
+            return rejected
+        message, excerpt = self.text(rejected.message), rejected.excerpt
+        if mention := _MENTION.search(message):
+            at = mention.end()
+            message = message[:at] + re.sub(r"'[^']*(?:'|\Z)|\"[^\"]*(?:\"|\Z)", self._mask, message[at:])
+        if excerpt is not None:
+            excerpt = self.text(excerpt)
+            if mention := _LOGIN.search(excerpt):
+                excerpt = excerpt[: mention.end()] + self._values(excerpt[mention.end() :])
+        return replace(rejected, uri=self.text(rejected.uri), message=message, excerpt=excerpt)
+
+    def _mask(self, match: re.Match[str]) -> str:
+        if not re.search(r"\w", PLACEHOLDER.sub("", match[0])):
+            return match[0]
+        self.counts["masked"] += 1
+        return "[redacted]"
+
+    def _values(self, tail: str) -> str:
+        """All but placeholders, punctuation and the keys of objects, masked."""
+        kept = r"(\[redacted(?::[\w.-]+:\d+)?\]|\\?[\"'][A-Za-z_]\w{0,40}\\?[\"']\s*:)"
+        parts = re.split(kept, tail)
+        for i in range(0, len(parts), 2):
+            parts[i] = re.sub(r"\w(?:.*\w)?", self._mask, parts[i], flags=re.DOTALL)
+        return "".join(parts)
+
+
+class _Vault:
+    """The secrets of one episode and their placeholders."""
+
+    def __init__(self, counts: Counter[str], texts: Iterable[str]) -> None:
+        self._counts = counts
+        self._of: dict[str, tuple[str, str]] = {}
+        self._last: Counter[str] = Counter()
+        for text in texts:  # a log may hold placeholders already: theirs stay theirs
+            if "[redacted:" in text:
+                for kind, number in PLACEHOLDER.findall(text):
+                    self._last[kind] = max(self._last[kind], int(number[:9]))
+
+    def of(self, secret: str, kind: str, *, count: bool = False) -> str:
+        if secret not in self._of:
+            self._last[kind] += 1
+            self._of[secret] = kind, f"[redacted:{kind}:{self._last[kind]}]"
+        kind, placeholder = self._of[secret]
+        self._counts[kind] += count
+        return placeholder
+
+    def hide(self, value: Any) -> Any:
+        """The placeholder of a value whose key is named like a secret; null and truth values hold none."""
+        if value is None or type(value) is bool or value in ("", [], {}):
+            return value
+        text = value if isinstance(value, str) else orjson.dumps(value, default=str, option=_ANY_KEYS).decode()
+        return value if hidden(PLACEHOLDER.sub("", text)) else self.of(text, "named", count=True)
+
+    def everywhere(self) -> Change | None:
+        """Replaces every secret that is long enough wherever it stands as a whole word, escaped or not."""
+        forms: dict[str, tuple[str, str]] = {}
+        for secret, (kind, placeholder) in list(self._of.items()):
+            for part in (secret, *_parts(secret)):
+                if len(part) >= _LEAST.get(kind, _LEAST_OF_PATTERN) and not _typed.is_word(part):
+                    escaped = orjson.dumps(part, default=str).decode("utf-8", "replace")[1:-1] if _utf8(part) else part
+                    for form in (part, escaped, html.escape(part), *_quoted(part)):
+                        forms.setdefault(form, (kind, placeholder))
+        if not forms:
+            return None
+        longest = sorted(forms, key=lambda form: (-len(form), form))
+        bounds = [(r"(?<!\w)" * _edge(f[0])) + re.escape(f) + (r"(?!\w)" * _edge(f[-1])) for f in longest]
+        # Placeholders first: a secret like "password" must not be found in one.
+        pattern = re.compile("|".join([PLACEHOLDER.pattern.replace("(", "(?:"), *bounds]))
+
+        def put(match: re.Match[str]) -> str:
+            if match[0] not in forms:
+                return match[0]
+            kind, placeholder = forms[match[0]]
+            self._counts[kind] += 1
+            return placeholder
+
+        return lambda text: pattern.sub(put, text) if any(form in text for form in forms) else text
+
+
+_ANY_KEYS = orjson.OPT_NON_STR_KEYS
+
+
+def _edge(character: str) -> bool:
+    return character.isalnum() or character == "_"
+
+
+def _utf8(text: str) -> bool:
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def _quoted(text: str) -> tuple[str, ...]:
+    return (quote(text, safe=""), quote(text, safe="").replace("%20", "+")) if _utf8(text) else ()
+
+
+def _parts(secret: str) -> Iterator[str]:
+    """The values within a header of cookies, if they look random enough to be a secret by themselves."""
+    if ";" in secret or "=" in secret:
+        for part in re.split(r"[;,\s=&\"]+", secret):
+            if len(part) >= 12 and re.search(r"\d", part):
+                yield part
+
+
+# --- walking an episode -------------------------------------------------------------------------------------
+
+
+def _texts(value: Any, depth: int = 0) -> Iterator[str]:
+    """Every text that an episode holds, names of keys included."""
+    if type(value) is str:
+        yield value
+        if "\\u00" in value:  # JSON may write any letter so
+            yield re.sub(r"\\u00([0-7][0-9a-fA-F])", lambda m: chr(int(m[1], 16)), value)
+    elif depth > _DEEPEST:
+        return
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if isinstance(key, str):
+                yield key
+            yield from _texts(item, depth + 1)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item, depth + 1)
+    elif is_dataclass(value):
+        for name in _names(type(value)):
+            if (item := getattr(value, name)) is not None:
+                yield from _texts(item, depth + 1)
+
+
+@lru_cache
+def _names(kind: type) -> tuple[str, ...]:
+    """Fields that may hold text, an episode's steps last: its goal is seen first."""
+    names = tuple(field.name for field in fields(kind) if field.name not in _SKIPPED)
+    return (*names, "steps") if kind is Episode else names
+
+
+def _rewrite(value: T, change: Change, named: Callable[[Any], Any] | None, depth: int = 0) -> T:
+    """`value` with `change` on each of its texts and `named` on the values of keys named like a secret; the same object
+    where nothing changes."""
+    if depth > _DEEPEST:
+        return value
+    if type(value) is str:
+        return change(value)  # type: ignore[return-value]
+    if isinstance(value, dict):
+        return _mapping(value, change, named, depth)  # type: ignore[return-value]
+    if isinstance(value, list | tuple):
+        items = [_rewrite(item, change, named, depth + 1) for item in value]
+        if named is not None and len(items) == 2 and type(value[0]) is str and type(value[1]) is str:
+            items[1] = named(items[1]) if _is_header(value[0]) else items[1]  # ["Cookie", "a=b"]
+        same = all(new is old for new, old in zip(items, value, strict=True))
+        return value if same else type(value)(items)  # type: ignore[call-arg,return-value]
+    if is_dataclass(value) and not isinstance(value, type):
+        changed = {}
+        for name in _names(type(value)):
+            old = getattr(value, name)
+            if old is not None and type(old) not in (bool, int, float):
+                inner = _json_text if name == "messages" and isinstance(value, Step) else _rewrite
+                if (new := inner(old, change, named, depth + 1)) is not old and new != old:
+                    changed[name] = new
+        return replace(value, **changed) if changed else value
+    return value
+
+
+def _mapping(value: dict[Any, Any], change: Change, named: Callable[[Any], Any] | None, depth: int) -> dict[Any, Any]:
+    result, same = {}, True
+    header = named is not None and any(_is_header(value.get(key)) for key in ("name", "key", "header"))
+    token = "logprob" in value or "token_id" in value  # a token of a language model
+    for key, old in value.items():
+        new_key = change(key) if type(key) is str else key
+        secret = type(key) is str and ((_is_secret(key) and not token) or (header and key == "value"))
+        new = named(old) if secret and named is not None else _rewrite(old, change, named, depth + 1)
+        if new is old or new == old:
+            new = old
+        same = same and new is old and new_key == key
+        result[new_key] = new
+    return value if same else result
+
+
+@lru_cache(maxsize=10_000)
+def _is_secret(key: str) -> bool:
+    return len(key) < 100 and _KEY.fullmatch(key) is not None
+
+
+def _is_header(name: Any) -> bool:
+    return isinstance(name, str) and name.lower() in _HEADERS
+
+
+_HEADERS = {"authorization", "proxy-authorization", "cookie", "set-cookie", "x-api-key", "x-auth-token", "api-key"}
+
+
+def _json_text(text: str, change: Change, named: Callable[[Any], Any] | None, depth: int) -> str:
+    """JSON, redacted within its strings; text that is no JSON is redacted as it stands."""
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return change(text)
+    new = _rewrite(value, change, named, depth)
+    return text if new is value else orjson.dumps(new).decode()
+
+
+def _in_step(episode: Episode, typed: list[tuple[int, str]], vault: _Vault) -> Episode:
+    """Replaces passwords too short to be looked for everywhere: quoted in the step that typed them."""
+    steps = list(episode.steps)
+    for i, literal in typed:
+        pattern = re.compile(rf"(?<![^\s\"'\[(\\:;=]){re.escape(literal)}(?![^\s\"'\]),\\;])")
+
+        def change(text: str, pattern: re.Pattern[str] = pattern, literal: str = literal) -> str:
+            return pattern.sub(lambda _: vault.of(literal, "typed_password", count=True), text)
+
+        step = steps[i]
+        page = {name: getattr(step, name) for name in _PAGE}
+        steps[i] = replace(_rewrite(step, change, None), **page)
+    return replace(episode, steps=tuple(steps)) if steps != list(episode.steps) else episode
+
+
+def _without_traces(before: Episode, after: Episode) -> Episode:
+    """Drops token ids that would decode to what was redacted, and hashes of it; keeps names unique."""
+    first = next((i for i, (a, b) in enumerate(zip(before.steps, after.steps, strict=True)) if a is not b), None)
+    if before.goal != after.goal or first is None:
+        first = 0
+    steps, dropped = list(after.steps), False
+    digest = hashlib.sha256()
+    for i, step in enumerate(after.steps):
+        changes: dict[str, Any] = {}
+        digest.update((step.messages or "").encode("utf-8", "replace"))
+        if i >= first and step.context_hash is not None:  # as `offline_lm.logs._chat` makes it
+            changes["context_hash"] = digest.hexdigest() if step.messages is not None else None
+        digest.update(orjson.dumps([step.response], default=str) if _utf8(step.response or "") else b"?")
+        if i >= first and step.prompt_token_ids is not None:  # the prompt holds the steps before
+            changes["prompt_token_ids"] = None
+        if step is not before.steps[i] and step.response_token_ids is not None:
+            changes["response_token_ids"] = changes["response_logprobs"] = None
+        if i >= first and step.extra and (extra := _untokened(step.extra)) != step.extra:
+            changes["extra"] = extra
+        dropped = dropped or bool(changes.keys() - {"context_hash"})
+        steps[i] = replace(step, **changes) if changes else step
+    extra = _untokened(after.extra) if after.extra else after.extra
+    dropped = dropped or extra != after.extra
+    flags = after.quality_flags
+    if dropped and FLAG not in flags:
+        flags = (*flags, FLAG)
+    native_id = after.native_id
+    if native_id != before.native_id and after.sha256:  # two names that differed in the secret alone
+        native_id = f"{native_id}#{after.sha256[:12]}"
+    return replace(after, steps=tuple(steps), extra=extra, quality_flags=flags, native_id=native_id)
+
+
+def _untokened(value: Any, depth: int = 0) -> Any:
+    if depth > _DEEPEST:
+        return value
+    if isinstance(value, dict):
+        return {
+            key: _untokened(item, depth + 1)
+            for key, item in value.items()
+            if not (isinstance(item, list | dict) and isinstance(key, str) and _TOKENS_KEY.fullmatch(key))
+        }
+    return [_untokened(item, depth + 1) for item in value] if isinstance(value, list) else value
