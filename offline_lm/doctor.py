@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def doctor(cfg: DictConfig) -> dict[str, Any]:
     if type(cfg.retention_hours) is not int or cfg.retention_hours < 0:
         raise UserError(f"retention_hours={cfg.retention_hours}: a whole number from 0 is wanted")
-    repaired = repair(cfg.store) if cfg.repair else []
+    repaired = repair(cfg.store, deep=cfg.deep) if cfg.repair else []
     found = examine(cfg.store, deep=cfg.deep)
     wrong = [finding for finding in found if not finding.harmless]
     commits_lost = any(finding.kind.startswith("log_") for finding in repaired)

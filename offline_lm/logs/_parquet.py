@@ -3,11 +3,21 @@
 A few hundred bytes of Parquet can stand for gigabytes: by compression, and by dictionaries (one long string, a million
 references). So the footer's sizes are looked at before anything is read, strings stay references until the size of
 their row is known, and a row or row group that is too large is refused.
+
+A damaged footer can also abort the process that reads it (an exception in Arrow's C++ that nothing catches), and pages
+can lie about their size. So the reading is done by a child process with a limit on its memory.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -26,28 +36,33 @@ GROUP_BYTES = TOTAL_BYTES
 """Most uncompressed bytes of a row group, by the footer."""
 GROUP_VALUES = 64 << 20
 """Most values of a row group, all columns together: an encoding says a million of them in a byte."""
+CHILD_BYTES = 3 << 30
+"""Most address space of the process that reads; its memory is far less, this stops what lies about its size."""
 _ROWS = 64
-_MAGIC = b"PAR1"
+_FOOTER = 1 << 20
+_FRAME = struct.Struct("<cqI")
+"""What the child writes: a kind (Row, Bad or Damaged), an index, a length; so many bytes follow."""
+
+Item = Record | Damaged | tuple[int, Bad]
 
 
 def is_parquet(path: Path) -> bool:
     return path.name.endswith(".parquet")
 
 
-def schema(path: Path) -> pa.Schema | None:
-    """The schema in the footer, None if there is no footer that can be read."""
-    try:
-        with _open(path) as stream:
-            return pq.read_schema(stream)
-    except (pa.ArrowException, UnicodeDecodeError):
-        return None
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        return None
+def footer(path: Path) -> bytes:
+    """The bytes of the footer, where column names stand as they are; empty if there is none or it is over 1 MB."""
+    with _open(path) as stream:
+        size = stream.seek(0, io.SEEK_END)
+        stream.seek(max(0, size - _FOOTER))
+        tail = stream.read(_FOOTER)
+    if len(tail) < 12 or not tail.endswith(b"PAR1"):
+        return b""
+    length = int.from_bytes(tail[-8:-4], "little")
+    return tail[-8 - length : -8] if length <= len(tail) - 8 else b""
 
 
-def rows(path: Path) -> Iterator[Record | Damaged | tuple[int, Bad]]:
+def rows(path: Path) -> Iterator[Item]:
     """Every row: a Record (the index of the row, and the row as JSON without nulls), or its index and a Bad.
 
     Not a number is what pandas writes for null, and read so. Bytes are replaced by their hash. A file that cannot be
@@ -55,15 +70,21 @@ def rows(path: Path) -> Iterator[Record | Damaged | tuple[int, Bad]]:
 
     Raises UserError if the file cannot be opened.
     """
-    with _open(path) as stream:
+    with _open(path) as stream, _on_disk(stream) as file:
+        command = [sys.executable, "-c", f"from {__name__} import serve; serve()"]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [*sys.path, os.getcwd()]))}
+        child = subprocess.Popen(
+            command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+        )
+        assert child.stdout is not None
         try:
-            yield from _rows(stream)
-        except pa.ArrowException as error:
-            yield Damaged(str(error)[:200])
-        except OSError as error:  # Arrow's own has no errno; one of the disk has
-            if error.errno is not None:
-                raise
-            yield Damaged(str(error)[:200])
+            yield from _frames(child.stdout)
+            if code := child.wait():
+                yield Damaged(f"Arrow gave up on it, code {code}")
+        finally:
+            child.stdout.close()
+            child.kill()
+            child.wait()
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -71,6 +92,64 @@ def _open(path: Path) -> IO[bytes]:
         return path.open("rb")
     except OSError as error:
         raise UserError(f"{path} cannot be opened: {error.strerror or error}") from None
+
+
+def _on_disk(stream: IO[bytes]) -> IO[bytes]:
+    """A file that another process can read: the stream itself, or a copy of one from an object store."""
+    try:
+        stream.fileno()
+    except OSError:
+        copy = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
+        shutil.copyfileobj(stream, copy, 1 << 20)
+        copy.seek(0)
+        return copy
+    return stream
+
+
+def _frames(stream: IO[bytes]) -> Iterator[Item]:
+    while len(head := stream.read(_FRAME.size)) == _FRAME.size:
+        kind, index, length = _FRAME.unpack(head)
+        data = stream.read(length)
+        if len(data) < length:
+            return
+        if kind == b"R":
+            yield Record(index, data, hashlib.sha256(data).hexdigest(), False)
+        elif kind == b"B":
+            yield index, Bad(*orjson.loads(data))
+        else:
+            yield Damaged(data.decode())
+
+
+def serve() -> None:
+    """The child: reads the Parquet file that is its standard input, and writes frames."""
+    if sys.platform == "linux":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (CHILD_BYTES, CHILD_BYTES))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for item in read_rows(sys.stdin.buffer.raw):  # type: ignore[attr-defined]
+        if isinstance(item, Record):
+            kind, index, data = b"R", item.offset, item.data
+        elif isinstance(item, Damaged):
+            kind, index, data = b"D", 0, str(item).encode("utf-8", "replace")
+        else:
+            kind, index, data = b"B", item[0], orjson.dumps([item[1].reason, item[1].message])
+        sys.stdout.buffer.write(_FRAME.pack(kind, index, len(data)) + data)
+    sys.stdout.buffer.flush()
+
+
+def read_rows(stream: IO[bytes]) -> Iterator[Item]:
+    """As `rows`, in this process: only for files that are known to be whole."""
+    try:
+        yield from _rows(stream)
+    except MemoryError:
+        yield 0, Bad("too_large", "the file needs more memory than it may have; write smaller row groups")
+    except pa.ArrowException as error:
+        yield Damaged(str(error)[:200])
+    except OSError as error:  # Arrow's own has no errno; one of the disk has
+        if error.errno is not None:
+            raise
+        yield Damaged(str(error)[:200])
 
 
 def _rows(stream: IO[bytes]) -> Iterator[Record | tuple[int, Bad]]:

@@ -232,7 +232,10 @@ def _dtype(record: Any) -> np.dtype[Any]:
         spelled = spelled.decode("latin-1")
     if type(spelled) is not str or not _PLAIN_DTYPE.match(spelled):
         raise refused("it holds an array of a structured or unknown type")
-    dtype = np.dtype(spelled)
+    try:
+        dtype = np.dtype(spelled)
+    except TypeError as error:  # a size that the kind does not have
+        raise damaged(str(error)) from None
     state: Any = record.attributes.get("__state__")
     if state is not None:
         order = _byte_order(state)
@@ -285,6 +288,10 @@ def fill_array(array: np.ndarray[Any, Any], state: Any) -> None:
 def _array_of(raw: Any, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
     if type(raw) is not bytes or dtype.hasobject or len(raw) % dtype.itemsize:
         raise refused("it holds an array without its bytes")
+    if dtype.kind == "U" and raw:
+        codes = np.frombuffer(raw, np.dtype("u4").newbyteorder(dtype.byteorder))
+        if codes.max() > sys.maxunicode:  # numpy trusts them
+            raise damaged("an array holds characters that do not exist")
     return np.frombuffer(raw, dtype)
 
 

@@ -35,6 +35,8 @@ from offline_lm.types import JSON, Episode, Label, Rejected
 
 MAX_HELD = 512 << 20
 """Compressed bytes of spans held for one file."""
+MAX_EPISODE = 256 << 20
+"""Bytes of the spans of one episode, before compression."""
 NO_CONTENT = (
     "the spans hold no prompts and answers: capture of content was off. Log again with "
     "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT=true (OpenTelemetry), OPENINFERENCE_HIDE_INPUTS=false and "
@@ -76,12 +78,12 @@ class Span:
 class Held:
     """The spans of one file, by trace."""
 
-    def __init__(self, source: str, path: Path) -> None:
-        self.source, self.path = source, path
+    def __init__(self) -> None:
         self.size = 0
         self.full = self.lost = False
         self._spans: dict[str, list[bytes]] = {}
         self._conversation: dict[str, str] = {}
+        self._plain: dict[str, int] = {}
 
     def add(self, span: Span, offset: int) -> None:
         if self.full:
@@ -91,6 +93,7 @@ class Held:
             data = orjson.dumps(asdict(span))
         except TypeError as error:
             raise Bad("out_of_range", f"a span cannot be kept: {error}") from None
+        self._plain[span.trace] = self._plain.get(span.trace, 0) + len(data)
         if len(data) > 1000:
             data = b"z" + zlib.compress(data, 1)
         self.size += len(data) + 100
@@ -103,12 +106,18 @@ class Held:
             self._conversation.setdefault(span.trace, span.conversation)
 
     def groups(self, by_trace: bool) -> Iterator[tuple[str, list[Span], str]]:
-        """(name, spans in order of their start, hash of them all) of each episode, in order of first appearance."""
+        """(name, spans in order of their start, hash of them all) of each episode, in order of first appearance.
+
+        No spans stand for an episode of more than `MAX_EPISODE` bytes.
+        """
         groups: dict[str, list[str]] = {}
         for trace in self._spans:
             name = trace if by_trace else self._conversation.get(trace, trace)
             groups.setdefault(name, []).append(trace)
         for name, traces in groups.items():
+            if sum(self._plain[trace] for trace in traces) > MAX_EPISODE:
+                yield name, [], ""
+                continue
             digest, spans, ids = hashlib.sha256(), [], set()
             for data in (data for trace in traces for data in self._spans.pop(trace)):
                 plain = zlib.decompress(data[1:]) if data.startswith(b"z") else data
@@ -139,7 +148,7 @@ def read_file(
     source: str, path: Path, to_spans: Any, dataset: str, *, by_trace: bool = False
 ) -> Iterator[Episode | Rejected]:
     """Every record of the file through `to_spans(value) -> Iterable[Span]`, then the episodes they make."""
-    held = Held(source, path)
+    held = Held()
 
     def take_in(value: Any, record: Record) -> Iterable[Episode]:
         for span in list(to_spans(value)):  # whole records only
@@ -155,9 +164,11 @@ def read_file(
         return
     for name, spans, digest in held.groups(by_trace):
         try:
+            if not spans:
+                raise Bad("too_large", f"{name[:80]} has more than {MAX_EPISODE} bytes of spans; log shorter prompts")
             made = _episode(name, spans)
         except Bad as bad:
-            yield rejected(source, path, bad, spans[0].offset, b"", digest)
+            yield rejected(source, path, bad, spans[0].offset if spans else 0, b"", digest or None)
             continue
         flags = ("unlabelled", *made.pop("flags"), *(("spans_lost",) if held.lost else ()))
         yield Episode(
@@ -264,7 +275,7 @@ def _common(span: Span) -> JSON:
 
 
 def _calls(calls: list[Span], tools: list[Span], flags: list[str]) -> list[JSON]:
-    if not any(span.answers for span in calls):
+    if not any(span.answers or span.prompt for span in calls):
         raise Bad("no_content", NO_CONTENT)
     steps: list[JSON] = []
     before: list[JSON] = []
@@ -310,8 +321,10 @@ def _before(tools: list[Span], time: datetime | None, last: bool) -> tuple[list[
     """Tools that began before the next call of the model, and the rest."""
     if last:
         return tools, []
-    mine = [tool for tool in tools if tool.start and time and tool.start < time]
-    return mine, [tool for tool in tools if tool not in mine]
+    mine, rest = [], []
+    for tool in tools:
+        (mine if tool.start and time and tool.start < time else rest).append(tool)
+    return mine, rest
 
 
 def _new(prompt: list[JSON], before: list[JSON]) -> tuple[list[JSON], bool]:

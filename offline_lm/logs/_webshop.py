@@ -35,9 +35,14 @@ def goal(page: str) -> str | None:
 
 
 def score(page: str) -> float | None:
-    """The score that the shop shows after Buy Now."""
+    """The score that the shop shows after Buy Now. Raises Bad (``out_of_range``)."""
     found = _SCORE.search(page)
-    return float(found[1]) if found else None
+    if found is None:
+        return None
+    value = float(found[1])
+    if value > 1:
+        raise Bad("out_of_range", f"the score is {found[1][:40]}; the shop's are from 0 to 1. Was the log changed?")
+    return value
 
 
 def decode(data: bytes) -> str:

@@ -43,6 +43,8 @@ SOURCE = "adp"
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".jsonl.zst")
 ACTIONS = frozenset({"api_action", "code_action", "message_action"})
 OBSERVATIONS = frozenset({"text_observation", "image_observation", "web_observation"})
+MAX_NAME = 255
+"""Bytes in the name of a file; the system refuses to look for a longer one."""
 ENVIRONMENT = "environment"
 """The source of a text that names none."""
 _TAG = re.compile(r"<(?:[a-zA-Z][\w-]*[\s/>]|!DOCTYPE|!--)")
@@ -207,7 +209,8 @@ def _image(item: JSON, path: Path, place: str) -> tuple[JSON, JSON]:
     rest = {key: value for key, value in item.items() if key not in ("class_", "content", "place")}
     if content.startswith("data:") or len(content) > 1000:
         return _media.of_base64(content), rest
-    if content.startswith(("http://", "https://")) or "\0" in content or not (name := Path(content).name):
+    name = Path(content).name
+    if content.startswith(("http://", "https://")) or "\0" in name or not 0 < len(name.encode()) <= MAX_NAME:
         return _media.missing(), rest | {"content": content}
     return _media.of_file(path.parent / "screenshots" / name), rest | {"content": content}
 

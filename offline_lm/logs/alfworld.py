@@ -21,6 +21,7 @@ and ``done`` that followed; ``metadata.info`` is what the environment said besid
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from itertools import chain
@@ -78,6 +79,8 @@ def _episode(value: Any, record: Record, path: Path) -> Episode:
     known = [reward for reward in rewards if reward is not None]
     if len(known) == len(rewards):
         outcome = sum(known)
+        if not math.isfinite(outcome):
+            raise Bad("json_number", "the sum of the rewards is not finite; log rewards of a reasonable size")
     else:
         flags.append("missing_rewards" if known else "unlabelled")
     success = take(run, "success", bool, "trajectory")

@@ -143,13 +143,18 @@ def _documents(file: Path) -> tuple[list[Any], bytes]:
         documents.append(document)
         data += part
         following = take(document, "continued_trajectory_ref", str)
-        name = Path(following).name if following and "\0" not in following else ""
-        if not name or name in names or not (file.parent / name).is_file():
+        name = Path(following or "").name
+        if not _is_name(name) or name in names or not (file.parent / name).is_file():
             return documents, data
         if len(names) >= MAX_FILES or len(data) > MAX_BYTES:
             raise Bad("too_large", f"more than {MAX_FILES} continuations or {MAX_BYTES} bytes; is it one trajectory?")
         names.add(name)
         file = file.parent / name
+
+
+def _is_name(name: str) -> bool:
+    """Whether a folder may hold a file of that name, and nothing but that."""
+    return name not in ("", "/", "..") and "\0" not in name and len(name.encode()) <= 255
 
 
 def _check_version(document: Any) -> int:
@@ -349,7 +354,7 @@ def _content(content: Any, file: Path, place: str) -> tuple[str, list[JSON]]:
 def _picture(name: str, file: Path) -> JSON:
     """The log is not trusted to name files elsewhere."""
     parts = Path(name).parts
-    if not name or "\0" in name or Path(name).is_absolute() or ".." in parts or "://" in name:
+    if len(name) > 1000 or "://" in name or not parts or not all(map(_is_name, parts)):
         return _media.missing()
     return _media.of_file(file.parent / name)
 

@@ -67,10 +67,9 @@ class _How:
 
 def detect(sample: Sample) -> str | None:
     if sample.head.startswith(b"PAR1"):
-        known = _parquet.schema(sample.path)
-        names = set(known.names) if known else set()
-        told = names & {"messages", "conversations"} or {"prompt", "completion"} & names
-        return f"Parquet with {' and '.join(sorted(told))}" if names and (len(told) > 1 or told - {"prompt"}) else None
+        names = _parquet.footer(sample.path)
+        talk = any(name in names for name in (b"messages", b"conversations")) and (b"role" in names or b"from" in names)
+        return "Parquet with messages" if talk or (b"prompt" in names and b"completion" in names) else None
     value = {"messages": sample.value} if type(sample.value) is list else sample.value
     preset = recognise(value) if type(value) is dict else None
     return f"rows as {preset} writes them" if preset else None

@@ -12,11 +12,12 @@ The dataset is named by its folder; ``source_offset`` and the offset of a Reject
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import orjson
 import pyarrow as pa
@@ -94,7 +95,8 @@ def _listed(folder: Path) -> list[Path]:
 
 def _rows(file: Path) -> Iterator[dict[str, Any] | Damaged]:
     try:
-        with _files.open_log(file) as stream, pa.ipc.open_stream(stream) as reader:
+        size = file.stat().st_size
+        with _files.open_log(file) as stream, pa.ipc.open_stream(_Capped(stream, size)) as reader:
             for batch in reader:
                 batch.validate(full=True)
                 for i in range(batch.num_rows):
@@ -103,6 +105,19 @@ def _rows(file: Path) -> Iterator[dict[str, Any] | Damaged]:
         yield Damaged(str(error))
     except (OSError, UnicodeDecodeError, ValueError, pa.ArrowException) as error:
         yield Damaged(str(error).splitlines()[0] if str(error) else type(error).__name__)
+
+
+class _Capped(io.RawIOBase):
+    """A stream of which nobody gets more than `size` bytes: a damaged length would have Python make room for it."""
+
+    def __init__(self, stream: IO[bytes], size: int) -> None:
+        self.stream, self.size = stream, size
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        return self.stream.read(self.size if size < 0 else min(size, self.size))
 
 
 def _refuse(value: Any) -> Any:

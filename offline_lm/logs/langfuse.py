@@ -52,7 +52,7 @@ _SAMPLING = ("temperature", "top_p", *_WHOLE)
 def detect(sample: Sample) -> str | None:
     value, keys = sample.value, sample.keys
     if keys & {"trace_id", "traceId"} and keys & {"start_time", "startTime"}:
-        if {"id", "type"} <= keys and value["type"] in _KINDS:
+        if "id" in keys and type(value.get("type")) is str and value["type"] in _KINDS:
             return f"Langfuse observations ({value['type']})"
     elif keys & {"trace_id", "traceId"} and keys & {"data_type", "dataType"} and {"id", "value", "name"} <= keys:
         return "Langfuse scores"

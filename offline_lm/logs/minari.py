@@ -135,7 +135,7 @@ class _Group:
         text = data.dtype.kind in "SO"
         if data.ndim < 1 or data.dtype.kind not in "biufSO" or (text and data.ndim > 1):
             raise Bad("wrong_type", f"{name} must be text or numbers, one for each step")
-        if data.size > _MAX_ELEMENTS:
+        if (data.size or 0) > _MAX_ELEMENTS:
             raise Bad("too_large", f"{name} has {data.size} elements; at most {_MAX_ELEMENTS} are read")
         return self._texts(data, name) if text else data[()].tolist()
 
@@ -199,7 +199,7 @@ def _episode(group: _Group, number: int, metadata: dict[str, Any], path: Path) -
         ]
         shown.append({"observation": _shown(seen[-1]), "is_final_observation": True})
         infos = group.below("infos") if "infos" in group else None
-        if infos and "episode" in infos and infos.is_group("episode"):
+        if infos and "episode" in infos and "step" in infos:
             return _ours(infos, shown)
         seed = group.group.attrs.get("seed")
         extras = _extras(infos, len(shown)) if infos else [{}] * len(shown)
@@ -269,29 +269,21 @@ def _extras(infos: _Group, length: int) -> list[dict[str, Any]]:
 
 
 def _ours(infos: _Group, shown: list[dict[str, Any]]) -> Episode:
-    """The episode that `offline_lm.interop.minari` was given."""
-    below = infos.below("episode")
-    value = {name: _parsed(below.values(name)[:1], name) for name in below.names()}
-    for name in infos.names():
-        if name == "episode":
-            continue
-        texts = infos.values(name)
-        if len(texts) != len(shown):
-            raise Bad("length_mismatch", f"infos/{name} has {len(texts)} elements, not one for each observation")
-        for step, text in zip(shown, texts, strict=True):
-            if (item := _parsed([text], name)) is not None:
-                step[name] = item
+    """The episode that `offline_lm.interop.minari` was given: what the arrays do not say stands in ``infos``."""
+    value, rest = (_objects(infos, name) for name in ("episode", "step"))
+    if len(value) != 1 or len(rest) != len(shown):
+        raise Bad("length_mismatch", "infos must hold one episode, and a step for each observation")
     steps = []
-    for t, step in enumerate(shown):
-        absent = step.pop("not_logged", [])
-        if not isinstance(absent, list):
-            raise Bad("wrong_type", "infos/not_logged must be lists of names")
+    for t, (step, other) in enumerate(zip(shown, rest, strict=True)):
+        absent = take(other, "not_logged", list, "infos/step") or []
         if "final_observation" not in absent:
-            steps.append({key: item for key, item in ({"step": t} | step).items() if key not in absent})
-    return _exact.read(value | {"steps": steps})
+            said = {"step": t} | step | other
+            steps.append({key: item for key, item in said.items() if key != "not_logged" and key not in absent})
+    return _exact.read(value[0] | {"steps": steps})
 
 
-def _parsed(texts: list[Any], name: str) -> Any:
-    if len(texts) != 1 or not isinstance(texts[0], str):
-        raise Bad("wrong_type", f"infos/{name} must be JSON text")
-    return parse(texts[0].encode())
+def _objects(infos: _Group, name: str) -> list[dict[str, Any]]:
+    values = [parse(_shown(text).encode()) for text in infos.values(name)]
+    if not all(type(value) is dict for value in values):
+        raise Bad("wrong_type", f"infos/{name} must hold JSON objects")
+    return values

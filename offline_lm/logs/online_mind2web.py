@@ -29,11 +29,13 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+from offline_lm.errors import UserError
 from offline_lm.logs import _files, _media
 from offline_lm.logs._adapters import Sample, each, need, numbered, take
-from offline_lm.logs._files import Record
-from offline_lm.logs._records import Bad
+from offline_lm.logs._files import Damaged, Record, whole
+from offline_lm.logs._records import Bad, parse
 from offline_lm.types import Episode, Label, Rejected
 
 SOURCE = "online_mind2web"
@@ -77,18 +79,41 @@ def find(path: Path) -> Iterator[Path]:
 
 
 def read(
-    path: Path, *, dataset: str | None = None, model: str | None = None, agent: str | None = None
+    path: Path,
+    *,
+    dataset: str | None = None,
+    model: str | None = None,
+    agent: str | None = None,
+    tasks: str | None = None,
 ) -> Iterator[Episode | Rejected]:
     """Every result.json at or below `path`. The folders name no model and no agent: `model` and `agent` may.
 
+    `tasks` is the benchmark's own list, ``Online_Mind2Web.json``: the site of each task, its level and its length.
+
     Raises:
-        UserError: a folder without any result.json, or a file that cannot be opened.
+        UserError: a folder without any result.json, a file that cannot be opened, or `tasks` that are no such list.
     """
     given = {"dataset": dataset, "model": model, "agent": agent}
-    return chain.from_iterable(each(SOURCE, file, partial(_episode, path=file, given=given)) for file in find(path))
+    known = {} if tasks is None else _tasks(Path(tasks))
+    to_episode = partial(_episode, given=given, tasks=known)
+    return chain.from_iterable(each(SOURCE, file, partial(to_episode, path=file)) for file in find(path))
 
 
-def _episode(value: Any, record: Record, path: Path, given: dict[str, str | None]) -> Episode:
+def _tasks(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        listed = parse(whole(path)[0])
+        if type(listed) is not list:
+            raise Bad("wrong_type", "it is not a list of tasks")
+        for task in listed:
+            urlsplit(need(task, "website", str))
+        return {need(task, "task_id", str): task for task in listed}
+    except (Bad, Damaged, ValueError) as error:
+        raise UserError(f"tasks={path}: {error}; give the benchmark's Online_Mind2Web.json") from None
+
+
+def _episode(
+    value: Any, record: Record, path: Path, given: dict[str, str | None], tasks: dict[str, dict[str, Any]]
+) -> Episode:
     task_id, goal = need(value, "task_id", str), need(value, "task", str)
     answer = take(value, "final_result_response", str) or None
     labels = _labels(value)
@@ -106,6 +131,9 @@ def _episode(value: Any, record: Record, path: Path, given: dict[str, str | None
     if thoughts and len(thoughts) != len(actions):
         flags.append("length_mismatch")
         extra["thoughts"], thoughts = thoughts, []
+    task = tasks.get(task_id, {})
+    website = task.get("website")
+    extra |= {key: task[key] for key in ("level", "reference_length") if key in task}
     steps = [_action(item, i) for i, item in enumerate(actions)]
     for i, thought in enumerate(thoughts):
         if thought is not None and type(thought) is not str:
@@ -127,6 +155,8 @@ def _episode(value: Any, record: Record, path: Path, given: dict[str, str | None
         steps=numbered(steps),
         benchmark=SOURCE,
         task_id=task_id,
+        site=urlsplit(website).hostname if website else None,
+        start_url=website,
         goal=goal,
         policy_kind="llm",
         model=given["model"],

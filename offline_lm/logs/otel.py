@@ -323,9 +323,10 @@ def _content(span: Span, attributes: JSON, place: str) -> None:
         span.prompt = said + messages(prompt, "user", f"{place}: gen_ai.input.messages")
     if (given := attributes.get("gen_ai.output.messages")) is not None:
         span.answers = answers(given, f"{place}: gen_ai.output.messages")
-    for key, role in (("llm.input_messages.", "user"), ("gen_ai.prompt.", "user")):
+    for key in ("llm.input_messages.", "gen_ai.prompt."):
         if span.prompt is None and (items := nested(attributes, key)):
-            span.prompt = [unflattened(item.get("message", item), role) for item in items]
+            said = [unflattened(item.get("message", item), "user") for item in items]
+            span.prompt = said if any(m["content"] or m.get("tool_calls") for m in said) else None  # hidden
     for key in ("llm.output_messages.", "gen_ai.completion."):
         if span.answers is None and (items := nested(attributes, key)):
             made = [unflattened(item.get("message", item), "assistant") | {"role": "assistant"} for item in items]

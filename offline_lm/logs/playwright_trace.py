@@ -90,12 +90,12 @@ def _read_file(path: Path, dataset: str | None, policy_id: str | None) -> Episod
             fields = _episode(archive)
     except Bad as bad:
         return rejected(SOURCE, path, bad, sha256=sha256)
-    stem, folder = path.name.removesuffix(".zip"), path.absolute().parent
+    stem, folder = path.name.removesuffix(".zip"), path.parent
     collection = folder.parent if stem == "trace" else folder  # Playwright itself writes FOLDER_OF_A_TEST/trace.zip
     return Episode(
         source=SOURCE,
-        dataset=dataset or collection.name,
-        native_id=f"{folder.name}/{stem}",
+        dataset=dataset or collection.name or None,
+        native_id=f"{folder.name}/{stem}" if folder.name else stem,
         policy_id=policy_id,
         uri=str(path),
         sha256=sha256,

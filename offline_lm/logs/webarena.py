@@ -38,6 +38,7 @@ from offline_lm.types import Episode, Rejected
 
 SOURCE = "webarena"
 _RENDER = re.compile(r"render_(.{1,200})\.html\Z")
+_LOG = re.compile(r".+\.log\Z")
 MAX_HTML = 256 << 20
 MAX_CONFIG = 1 << 20
 
@@ -66,8 +67,8 @@ def read(path: Path, *, dataset: str | None = None, model: str | None = None) ->
 
 
 def _read_folder(part: Path, dataset: str | None, model: str | None) -> Iterator[Episode | Rejected]:
-    folder = part.absolute().parent if part.is_file() else part.absolute()
-    files = [part] if part.is_file() else sorted(p for p in part.iterdir() if _RENDER.match(p.name))
+    folder = part.parent if part.is_file() else part
+    files = [part] if part.is_file() else _named_like(_RENDER, part)
     run, outcomes = _arguments(folder), _outcomes(folder)
     for file in files:
         data = b""
@@ -80,8 +81,8 @@ def _read_folder(part: Path, dataset: str | None, model: str | None) -> Iterator
         sampling = {k: run[k] for k in ("temperature", "top_p", "max_tokens") if type(run.get(k)) in (int, float)}
         yield Episode(
             source=SOURCE,
-            dataset=dataset or folder.name,
-            policy_id=folder.name,
+            dataset=dataset or folder.name or None,
+            policy_id=folder.name or None,
             policy_kind="llm",
             model=run.get("model") or model,
             agent=run.get("agent_type"),
@@ -90,6 +91,10 @@ def _read_folder(part: Path, dataset: str | None, model: str | None) -> Iterator
             sha256=hashlib.sha256(data).hexdigest(),
             **fields,
         )
+
+
+def _named_like(pattern: re.Pattern[str], folder: Path) -> list[Path]:
+    return sorted((p for p in folder.iterdir() if pattern.match(p.name)), key=lambda p: p.name)
 
 
 def _bytes(path: Path, limit: int) -> bytes:
@@ -145,7 +150,8 @@ def _outcomes(folder: Path) -> dict[str, _Outcome]:
     """The outcome of each task by the stem of its config file. Files are in order of time, by their names."""
     logs = [folder / "merged_log.txt"]
     if not logs[0].is_file():
-        logs = sorted(p for below in (folder, folder / "log_files") if below.is_dir() for p in below.glob("*.log"))
+        beside = folder / "log_files"
+        logs = _named_like(_LOG, folder) + (_named_like(_LOG, beside) if beside.is_dir() else [])
     runs: dict[str, _Outcome] = {}
     for file in logs:
         if file.is_file():
@@ -266,7 +272,11 @@ _ARGS = {"click": "id", "hover": "id", "scroll": "direction", "press": "keys", "
 _ARGS |= {"tab_focus": "tab", "page_focus": "tab"}
 _FENCE = "```"
 _NOT_FOUND = "Attempt to perfom"  # the writer's spelling
-_HARNESS = {"stop [Early stop: Reach max steps": "step_limit", "stop [Early stop:": "agent_error"}
+_HARNESS = {
+    "stop [Early stop: Reach max steps": "step_limit",
+    "stop [Early stop: Get a numeric reward": "env_done",  # of the fork that also runs MiniWoB
+    "stop [Early stop:": "agent_error",
+}
 
 
 def _config(text: str) -> dict[str, str]:
@@ -303,15 +313,14 @@ def _episode(html: str, run: dict[str, Any], outcomes: dict[str, _Outcome]) -> d
     reward = None if logged.passed is None else float(logged.passed)
     give_outcome(steps, reward)
     if final:
-        seen = _seen(final, kind) | {"is_final_observation": True, "extra": {"stopped_by_harness": final.parsed}}
-        steps.append(seen)
+        told = {"stopped_by_harness": final.parsed}
+        steps.append(_seen(final, kind) | {"is_final_observation": True, "extra": told})
     sites = _SITE.findall(config.get("sites", ""))
     visual = "visual_difficulty" in config or "image" in config
     benchmark = "visualwebarena" if visual else "webarena"
     extra: dict[str, Any] = {"config": config, "arguments": run}
     if logged.error:
         extra["error"] = logged.error
-    goal = logged.intent if config.get("intent") is None else config["intent"]
     return end | {
         "native_id": number,
         "steps": numbered(steps),
@@ -320,7 +329,7 @@ def _episode(html: str, run: dict[str, Any], outcomes: dict[str, _Outcome]) -> d
         "task_family": config.get("intent_template_id"),
         "site": "+".join(sites) or None,
         "start_url": config.get("start_url"),
-        "goal": goal,
+        "goal": config.get("intent") or logged.intent,
         "outcome_reward": reward,
         "raw_reward": reward,
         "success": logged.passed,
@@ -331,13 +340,12 @@ def _episode(html: str, run: dict[str, Any], outcomes: dict[str, _Outcome]) -> d
 
 
 def _end(steps: list[dict[str, Any]], final: _Block | None, logged: _Outcome) -> dict[str, Any]:
-    terminated: bool | None = None
-    truncated: bool | None = None
-    reason, answer = "unknown", None
+    terminated, truncated, reason, answer = None, None, "unknown", None
     if final:
         early = next((why for start, why in _HARNESS.items() if final.parsed.startswith(start)), None)
         reason = early or "agent_error"
-        terminated, truncated = (False, True) if early else (None, None)
+        if early:
+            terminated, truncated = early == "env_done", early != "env_done"
     elif steps and steps[-1].get("action_name") == "stop":
         terminated, truncated, reason = True, False, "agent_stop"
         answer = (steps[-1].get("action_args") or {}).get("answer")

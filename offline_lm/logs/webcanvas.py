@@ -62,7 +62,7 @@ def read(path: Path, *, dataset: str | None = None, model: str | None = None) ->
 
 
 def _read_file(path: Path, dataset: str | None, model: str | None) -> Iterator[Episode | Rejected]:
-    group = path.absolute().parent.name
+    group = path.parent.name or None
     runs: Counter[int] = Counter()
 
     def episode(task: Any, record: Record) -> Episode:

@@ -26,6 +26,7 @@ rewards stand as they are. ``mc_return`` is computed from them, and left to be c
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,12 @@ _KEYWORD = re.compile(r"""\s*(\w+)\s*=\s*("(?:[^"\\]|\\.)*+"|'(?:[^'\\]|\\.)*+'|
 def detect(sample: Sample) -> str | None:
     if sample.name.endswith(PICKLES) and not sample.is_dir:
         return "a pickle of PyTorch, as WebRL, ArCHer and Digi-Q keep trajectories"
+    if sample.is_dir:  # claimed whole, or the scores beside the traces would be logs that nobody knows
+        traces = sample.path / "traces"
+        if "actions" not in sample.names or not traces.is_dir():
+            return None
+        first = next((file for file in traces.iterdir() if file.name.endswith(".jsonl")), None)
+        return "traces of WebRL beside their actions" if first is not None and detect(Sample(first)) else None
     value = sample.value
     if isinstance(value, list) and value:
         value = value[0]
@@ -63,8 +70,8 @@ def detect(sample: Sample) -> str | None:
 
 def find(path: Path) -> Iterator[Path]:
     """Files of rollouts; of a folder with both, those in fixed_traces and not those in traces."""
-    fixed = path / "fixed_traces" if path.is_dir() else path
-    return _files.find(fixed if fixed.is_dir() else path, SUFFIXES)
+    kinds = [path / name for name in ("fixed_traces", "traces")] if path.is_dir() else []
+    return _files.find(next((folder for folder in kinds if folder.is_dir()), path), SUFFIXES)
 
 
 def read(path: Path) -> Iterator[Episode | Rejected]:
@@ -166,9 +173,9 @@ def _step(turn: dict[str, Any], place: str, path: Path) -> dict[str, Any]:
     known = _TURN | {"html", "prompt", "url", "image", "offset", "score", "fixed_response"}
     image = take(turn, "image", str, place)
     if image:
-        step["screenshot"] = _media.of_file(
-            path.parent.parent / "screenshots" / image.replace("\\", "/").split("/")[-1]
-        )
+        name = image.replace("\\", "/").split("/")[-1]  # the path is one of the machine that made the rollout
+        file = path.parent.parent / "screenshots" / name
+        step["screenshot"] = _media.of_file(file) if len(name.encode()) < 256 else _media.missing()
     return step | {
         "observation": page or "",
         "observation_kind": kind,
@@ -278,7 +285,11 @@ def _rewards(steps: list[dict[str, Any]], rewards: list[float | None]) -> tuple[
     for step, reward in zip(steps, rewards, strict=True):
         if reward is not None:
             step |= {"reward": reward, "reward_source": "env"}
-    return (sum(known), ()) if len(known) == len(rewards) else (None, ("missing_rewards",))
+    if len(known) < len(rewards):
+        return None, ("missing_rewards",)
+    if not math.isfinite(total := sum(known)):
+        raise Bad("json_number", "the sum of the rewards is not finite; log rewards of a reasonable size")
+    return total, ()
 
 
 def _text(value: Any) -> str:

@@ -11,8 +11,8 @@ from offline_lm.errors import UserError
 
 PLACEHOLDER = re.compile(r"\[redacted:([\w.-]+):(\d+)\]")
 _STARTS = re.compile(r"\(\?#starts ([^)]*)\)")
-_SHORT = 400
-"""Characters up to which plain search is faster than the screen."""
+_SHORT, _FEW = 400, 4
+"""Characters of a text, and words, up to which plain search is faster than the screen."""
 _HIDDEN = re.compile(
     r"[\W_]*|<secret>\w+</secret>|<[A-Za-z_ ]+>|\{\{?[A-Za-z_. ]+\}?\}|\$\{?[A-Z_]+\}?|%[A-Za-z_]+%|[xX*]+"
 )
@@ -47,18 +47,19 @@ class Patterns:
 
     def replace(self, text: str, words: frozenset[str], put: Callable[[str, str], str]) -> str:
         """`text` with each secret replaced by ``put(secret, kind)``; `words` are those of `text`, or of more."""
-        folded = _fold(text)
-        here = {word for word in words if word in folded} if len(text) <= _SHORT else words & self._screen(text)
+        here = words & self._screen(text) if len(text) > _SHORT and len(words) > _FEW else words
         marks: _Marks | None = None
+        folded: str | None = None
         for kind, pattern, starts in self._patterns:
             if starts and here.isdisjoint(starts):
                 continue
             if marks is None:
                 marks = _Marks(text)
-                if marks.text is not text:
-                    text, folded = marks.text, _fold(marks.text)
+                text = marks.text
+            if folded is None and starts:
+                folded = _fold(text) if any(word.lower() != word.upper() for word in here) else text
             parts, end = [], 0
-            for match in _matches(pattern, text, folded, starts & here if starts else None):
+            for match in _matches(pattern, text, folded or "", starts & here if starts else None):
                 if match.start() < end:
                     continue
                 start, stop = _span(match)
@@ -68,7 +69,7 @@ class Patterns:
                     end = stop
             if parts:
                 text = "".join([*parts, text[end:]])
-                folded = _fold(text)
+                folded = None
         return text if marks is None else marks.undo(text)
 
 
@@ -166,7 +167,7 @@ class _Screen:
     are.
     """
 
-    _FOLD, _MIX, _SHIFT = np.uint32(0x20202020), np.uint32(2654435761), np.uint32(12)
+    _FOLD, _MIX, _BITS = np.uint32(0x20202020), np.uint32(2654435761), 18
     _CHUNK = 1 << 18
 
     def __init__(self, words: Iterable[str]) -> None:
@@ -176,24 +177,23 @@ class _Screen:
                 windows = frozenset(int.from_bytes(window, "little") | int(self._FOLD) for window in choice)
                 for window in windows:
                     self._words.setdefault(window, []).append((word, windows))
-        self._table = np.zeros(1 << 20, dtype=bool)
+        self._table = np.zeros(1 << self._BITS, dtype=bool)
         self._table[self._slots(np.array(list(self._words), dtype=np.uint32))] = True
 
     def _slots(self, windows: np.ndarray) -> np.ndarray:
         slots = windows * self._MIX
-        slots >>= self._SHIFT
-        return slots
+        slots >>= np.uint32(32 - self._BITS)
+        return slots.astype(np.intp)
 
     def __call__(self, text: str) -> frozenset[str]:
         data = text.encode("utf-8", "replace") + b"\n\n\n\n"
         found: set[int] = set()
-        for start in range(0, len(data), self._CHUNK):
-            stop = min(len(data), start + self._CHUNK + 3)
-            for offset in range(start, min(start + 4, stop - 3)):
-                windows = np.frombuffer(data, dtype="<u4", count=(stop - offset) // 4, offset=offset) | self._FOLD
-                held = self._table.take(self._slots(windows), mode="wrap")  # wrap: no check of bounds
-                if held.any():
-                    found.update(windows[held].tolist())
+        for start in range(0, len(data) - 3, self._CHUNK):
+            count = min(len(data) - 3 - start, self._CHUNK)
+            windows = np.ndarray((count,), dtype="<u4", buffer=data, offset=start, strides=(1,)) | self._FOLD
+            held = self._table.take(self._slots(windows))
+            if held.any():
+                found.update(windows[held].tolist())
         candidates = (one for window in found for one in self._words.get(window, ()))
         return frozenset(word for word, windows in candidates if windows <= found)
 

@@ -64,7 +64,7 @@ def examine(url: str | Path, *, deep: bool = False) -> list[Finding]:
     return [*findings, *_examine_episodes(store), *_examine_unseen(store), *_examine_media(store)]
 
 
-def repair(url: str | Path) -> list[Finding]:
+def repair(url: str | Path, *, deep: bool = False) -> list[Finding]:
     """Brings the store to its last good snapshot; returns what was found on the way, `Finding.lost` included.
 
     A damaged entry of the log is replaced by an empty one, so that the entries after it hold. Damaged data files
@@ -77,7 +77,7 @@ def repair(url: str | Path) -> list[Finding]:
     lost = Path(store.url, "lost", f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}")
     found: list[Finding] = []
     for _ in range(10):  # mending one layer shows the next
-        findings = [f for f in examine(store.url) if f.kind in _MENDERS]
+        findings = [f for f in examine(store.url, deep=deep) if f.kind in _MENDERS]
         if not findings:
             return found
         found += findings

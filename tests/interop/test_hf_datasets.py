@@ -122,6 +122,16 @@ def test_damage(folder, tmp_path):
         list(reader.read(copy))
 
 
+def test_a_length_that_is_a_lie(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (file,) = copy.glob("data-*.arrow")
+    whole = bytearray(file.read_bytes())
+    second = whole.index(b"\xff\xff\xff\xff", 4)  # where the record batch begins: a mark, and the length of its head
+    whole[second + 4 : second + 8] = (2**31 - 1).to_bytes(4, "little")
+    file.write_bytes(whole)
+    assert _only(copy) == ["damaged_file"]
+
+
 @pytest.mark.parametrize(
     ("column", "reason"),
     [
@@ -138,7 +148,7 @@ def test_values_of_other_types(folder, tmp_path, column, reason):
     assert _only(tmp_path / "x") == [reason]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_garbage(folder, tmp_path, data):
     copy = tmp_path / "copy"

@@ -70,8 +70,8 @@ def test_minari_opens_it(folder, monkeypatch):
         assert len(episode.observations) == len(episode.actions) + 1 == len(episode) + 1
         assert all(text in data.observation_space for text in episode.observations)
         assert all(text in data.action_space for text in episode.actions)
-    assert [json.loads(text) for text in first.infos["url"]] == ["u", None, None]
-    assert json.loads(first.infos["episode"]["goal"][0]) == "Buy"
+    assert [json.loads(text).get("url") for text in first.infos["step"]] == ["u", None, None]
+    assert json.loads(first.infos["episode"][0])["goal"] == "Buy"
     assert next(iter(data.storage.get_episode_metadata([0])))["seed"] == 3
 
 

@@ -196,7 +196,9 @@ def test_several_texts(tmp_path):
 
 
 def test_markup_stays_html(tmp_path):
-    kinds = [one(tmp_path, page(html=h), api("noop")).steps[0].observation_kind for h in ("<div>a</div>", TREE, "a < b")]
+    kinds = [
+        one(tmp_path, page(html=h), api("noop")).steps[0].observation_kind for h in ("<div>a</div>", TREE, "a < b")
+    ]
     assert kinds == ["html", "axtree", "axtree"]
 
 
@@ -219,9 +221,9 @@ def test_screenshots(tmp_path):
     (tmp_path / "screenshots" / "a.png").write_bytes(png)
     (tmp_path / "secret.png").write_bytes(png)
     encoded = "data:image/png;base64,iVBORw0KGgo="
-    names = ("datasets/x/screenshots/a.png", "../secret.png", "https://a/b.png", encoded)
+    names = ("datasets/x/screenshots/a.png", "../secret.png", "https://a/b.png", "x" * 300, "a\0", "..", encoded)
     shots = [one(tmp_path, page(axtree="a", image_observation=image(n)), api("noop")).steps[0] for n in names]
-    assert [s.screenshot and s.screenshot["status"] for s in shots] == ["ok", "missing", "missing", "ok"]
+    assert [s.screenshot and s.screenshot["status"] for s in shots] == ["ok", *["missing"] * 5, "ok"]
     assert "base64" not in json.dumps([s.extra for s in shots])
 
 
@@ -244,7 +246,7 @@ def test_details_and_dataset(tmp_path):
         ({"id": "a", "content": [text("x")]}, "no_steps"),
         ({"id": "a", "content": [7]}, "wrong_type"),
         ({"id": "a", "content": [{"class_": "dance"}]}, "bad_value"),
-        ({"id": "a", "content": [text(None)]}, "missing_key"),
+        ({"id": "a", "content": [text(None), code("ls")]}, "missing_key"),
         ({"id": "a", "content": [text("x"), api("f") | {"kwargs": []}]}, "wrong_type"),
         ({"id": "a", "content": [text("x"), code(None)]}, "missing_key"),
         ({"id": "a", "content": [page(axtree=4), code("ls")]}, "wrong_type"),

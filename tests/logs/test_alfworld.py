@@ -26,8 +26,13 @@ def step(number: int, action: str, prompt: str, answer: str, reward=0.0, done=Fa
     }
 
 
-def run(*steps: dict[str, Any], success=False, max_steps=2, **keys) -> dict[str, Any]:
-    about = {"environment": "alfworld", "timestamp": "t", "config": {"max_steps": max_steps, "seed": 42}, "version": "1.0"}
+def run(*steps: dict[str, Any], success: Any = False, max_steps=2, **keys) -> dict[str, Any]:
+    about = {
+        "environment": "alfworld",
+        "timestamp": "t",
+        "config": {"max_steps": max_steps, "seed": 42},
+        "version": "1.0",
+    }
     total = sum(s["transition"]["reward"] for s in steps)
     return {
         "metadata": about,
@@ -54,7 +59,8 @@ def test_admissible_actions_are_complete_candidates(tmp_path):
         ("take cup 1 from desk 1", False, "enumerated"),
         ("help", False, "enumerated"),
     ]
-    assert episode.steps[0].candidates_complete is True and episode.steps[0].action_valid is True
+    assert episode.steps[0].candidates_complete is True
+    assert episode.steps[0].action_valid is True
     assert episode.steps[0].extra == {"step": 1, "is_action_valid": 0, "won": False}
 
 
@@ -62,7 +68,8 @@ def test_steps_and_names(tmp_path):
     episode = read(tmp_path, run(FIRST, SECOND))
     assert [s.action for s in episode.steps] == ["go to desk 1", "take cup 1 from desk 1", None]
     assert (episode.steps[0].thought, episode.steps[0].action_name) == ("Hm.", "go")
-    assert episode.steps[2].observation == "You take it." and episode.steps[2].is_final_observation
+    assert episode.steps[2].observation == "You take it."
+    assert episode.steps[2].is_final_observation
     assert (episode.goal, episode.native_id, episode.seed) == ("heat some cup", "traj_1", 42)
     assert episode.task_id == "alfworld/pick_heat_then_place-Cup-None-SideTable-28/trial_T2019"
     assert episode.task_family == "pick_heat_then_place"
@@ -70,16 +77,20 @@ def test_steps_and_names(tmp_path):
 
 def test_an_action_outside_the_list_is_not_valid(tmp_path):
     episode = read(tmp_path, run(step(1, "take fork 1", "p", "Nothing happens."), SECOND | {"state": FIRST["state"]}))
-    assert episode.steps[0].action_valid is False and not any(c.executed for c in episode.steps[0].candidates)
+    assert episode.steps[0].action_valid is False
+    assert not any(c.executed for c in episode.steps[0].candidates)
 
 
 def test_an_action_that_the_parser_cut_was_not_taken(tmp_path):
     later = step(2, "help", "[Observation 1: 'x', Action 1: 'to desk 1']\nNothing happens.", "")
     episode = read(tmp_path, run(FIRST, later))
     cut = episode.steps[0]
-    assert cut.action == "go to desk 1" and cut.extra["sent"] == "to desk 1"
-    assert cut.action_valid is False and not any(c.executed for c in cut.candidates)
-    assert episode.quality_flags == ("action_not_sent",) and episode.steps[1].action_valid is True
+    assert cut.action == "go to desk 1"
+    assert cut.extra["sent"] == "to desk 1"
+    assert cut.action_valid is False
+    assert not any(c.executed for c in cut.candidates)
+    assert episode.quality_flags == ("action_not_sent",)
+    assert episode.steps[1].action_valid is True
 
 
 @pytest.mark.parametrize(
@@ -100,8 +111,10 @@ def test_ends(tmp_path, second, success, max_steps, end):
 
 def test_rewards_keep_their_scale(tmp_path):
     episode = read(tmp_path, run(FIRST, step(2, "help", "p", "", 10.0, True), success=True))
-    assert [s.reward for s in episode.steps] == [0, 10, None] and episode.outcome_reward == 10
-    assert episode.extra["reward_scale"] == 10 and episode.success is True
+    assert [s.reward for s in episode.steps] == [0, 10, None]
+    assert episode.outcome_reward == 10
+    assert episode.extra["reward_scale"] == 10
+    assert episode.success is True
 
 
 def test_rewards_that_were_not_logged_stay_null(tmp_path):
@@ -110,7 +123,9 @@ def test_rewards_that_were_not_logged_stay_null(tmp_path):
     for item in value["trajectory"]["steps"]:
         item["transition"]["reward"] = None
     episode = read(tmp_path, value)
-    assert episode.steps[0].reward is None and episode.outcome_reward is None and episode.success is None
+    assert episode.steps[0].reward is None
+    assert episode.outcome_reward is None
+    assert episode.success is None
     assert episode.quality_flags == ("unlabelled",)
 
 
@@ -126,6 +141,7 @@ def test_rewards_that_were_not_logged_stay_null(tmp_path):
         (run(FIRST | {"state": {"observation": "p", "admissible_actions": [1]}}), "wrong_type"),
         (run(FIRST | {"agent_output": {}}), "missing_key"),
         (run(FIRST, success="yes"), "wrong_type"),
+        (run(*[step(i, "help", "p", "", 1e308) for i in (1, 2)], total_reward=0), "json_number"),
     ],
 )
 def test_refused(tmp_path, value, reason):
@@ -156,12 +172,15 @@ def test_real_episodes(shared_data):
     whole = [item for item in found if isinstance(item, Episode)]
     assert len(found) == len(whole) == 6
     stored = [rows.convert(episode, "i") for episode in whole]
-    assert sum(row.n_steps for row in stored) == 180 and len({row.episode_id for row in stored}) == 6
+    assert sum(row.n_steps for row in stored) == 180
+    assert len({row.episode_id for row in stored}) == 6
     assert [e.success for e in whole] == [False] * 6
-    assert {e.end_reason for e in whole} == {"step_limit"} and {e.seed for e in whole} == {42}
+    assert {e.end_reason for e in whole} == {"step_limit"}
+    assert {e.seed for e in whole} == {42}
     assert len({e.task_id for e in whole}) == 3  # each task was run twice
     acting = [s for e in whole for s in e.steps if not s.is_final_observation]
     assert sum(s.action_valid is False for s in acting) == 12
-    assert sum("sent" in (s.extra or {}) for s in acting) == 10 and sum(s.candidates_complete is True for s in acting) == 180
+    assert sum("sent" in (s.extra or {}) for s in acting) == 10
+    assert sum(s.candidates_complete is True for s in acting) == 180
     assert sum("action_not_sent" in e.quality_flags for e in whole) == 2
     assert sum(c.executed is True for s in acting for c in s.candidates or ()) == 180 - 12

@@ -1,6 +1,7 @@
 """source=chat: each preset, the user's own field map, Parquet and its bombs, tokens, and rows written and read back."""
 
 import gzip
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,10 @@ def acting(record: Episode) -> list[Step]:
     return [step for step in record.steps if not step.is_final_observation]
 
 
+def saw(step: Step) -> list[dict[str, Any]]:
+    return orjson.loads(step.messages or "")
+
+
 # --- presets ------------------------------------------------------------------------------------------------
 
 
@@ -69,13 +74,13 @@ def test_openai_row(tmp_path):
 def test_a_line_may_be_the_messages_alone(tmp_path):
     record = episode(tmp_path, TALK)
     assert (len(record.steps), record.quality_flags, record.outcome_reward) == (2, ("unlabelled",), None)
-    assert record.native_id == record.sha256[:32]
+    assert record.native_id == (record.sha256 or "")[:32]
     assert [step.reward for step in record.steps] == [None, None]
 
 
 def test_the_id_is_the_model_task_and_trial_where_there_is_a_trial(tmp_path):
     row = {"messages": TALK, "task_id": "shop/1"}
-    assert episode(tmp_path, row).native_id == episode(tmp_path, row).sha256[:32]
+    assert len(episode(tmp_path, row).native_id) == 32
     assert episode(tmp_path, row | {"trial": "3", "model": "m"}).native_id == "m/shop/1/3"
 
 
@@ -95,14 +100,14 @@ def test_rewards_of_steps(tmp_path):
 def test_openai_weight_zero_is_context(tmp_path):
     record = episode(tmp_path, {"messages": [USER, SAID | {"weight": 0}, USER, SAID | {"weight": 1}]})
     assert len(record.steps) == 1
-    assert orjson.loads(record.steps[0].messages) == [USER, SAID, USER]
+    assert saw(record.steps[0]) == [USER, SAID, USER]
 
 
 def test_trl_prompt_is_context(tmp_path):
     for prompt, completion in (([USER, SAID, USER], [SAID]), ([USER, SAID, USER], SAID), ("hi", "yes")):
         record = episode(tmp_path, {"prompt": prompt, "completion": completion, "reward": 0.5})
         assert [(step.response, step.reward) for step in record.steps] == [("yes", 0.5)]
-        assert len(orjson.loads(record.steps[0].messages)) == (1 if prompt == "hi" else 3)
+        assert len(saw(record.steps[0])) == (1 if prompt == "hi" else 3)
 
 
 def test_verl_dump(tmp_path):
@@ -209,12 +214,12 @@ def test_sharegpt(tmp_path):
     record = episode(tmp_path, {"conversations": turns, "id": "w_1", "reward": 0.75, "source": "human"})
     step, final = record.steps
     assert (step.action, step.thought, step.reward) == ("click[Buy Now]", "t", 0.75)
-    assert orjson.loads(step.messages) == [
+    assert saw(step) == [
         {"role": "user", "content": "rules"},
         {"role": "assistant", "content": "Ok."},
         {"role": "user", "content": "page"},
     ]
-    assert [m["role"] for m in orjson.loads(final.messages)] == ["tool", "assistant"]
+    assert [m["role"] for m in saw(final)] == ["tool", "assistant"]
     assert (record.native_id, record.task_id, record.extra) == ("w_1", "w_1", {"source": "human"})
 
 
@@ -339,6 +344,12 @@ def test_refused_rows(tmp_path, line, reason):
     assert refused(tmp_path, line) == reason
 
 
+def test_messages_may_be_a_string_of_json(tmp_path):
+    row = {"messages": orjson.dumps(TALK).decode()}
+    assert len(episode(tmp_path, row, preset="openai").steps) == 2
+    assert refused(tmp_path, {"messages": "[{"}, preset="openai") == "json_truncated"
+
+
 def test_a_row_without_completion(tmp_path):
     assert refused(tmp_path, {"prompt": "p"}, preset="trl") == "missing_key"
 
@@ -370,7 +381,7 @@ def test_every_container_holds_the_same_episodes(tmp_path):
 
 
 def test_parquet_rows_that_fail_leave_the_others(tmp_path):
-    bad = {"messages": [{"role": None, "content": "x"}], "reward": 1.0, "task_id": "c"}
+    bad = {"messages": [USER, {"role": None, "content": "x"}], "reward": 1.0, "task_id": "c"}
     pq.write_table(pa.Table.from_pylist([ROWS[0], bad, ROWS[1]]), tmp_path / "t.parquet")
     first, second, third = every(tmp_path / "t.parquet")
     assert isinstance(second, Rejected)
@@ -400,25 +411,29 @@ def bomb(path: Path, copies: int, length: int) -> Path:
 
 def test_a_parquet_bomb_of_references_is_refused_unexpanded(tmp_path):
     path = bomb(tmp_path / "t.parquet", 2_000, 1_000_000)  # 2 GB
-    before = pa.total_allocated_bytes()
-    pa.default_memory_pool()
     (record,) = every(path)
     assert isinstance(record, Rejected)
     assert record.reason == "too_large"
-    assert pa.total_allocated_bytes() - before < 100 << 20
+    before = pa.default_memory_pool().max_memory()
+    with path.open("rb") as stream:
+        assert len(list(_parquet.read_rows(stream))) == 1
+    assert pa.default_memory_pool().max_memory() - (before or 0) < 100 << 20
 
 
 def test_a_row_group_too_large_by_its_footer_is_not_read(tmp_path, monkeypatch):
     path = tmp_path / "t.parquet"
     pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=1)
+
+    def refusals():
+        with path.open("rb") as stream:
+            return [(item[1].reason, item[0]) for item in _parquet.read_rows(stream) if type(item) is tuple]
+
+    assert refusals() == []
     monkeypatch.setattr(_parquet, "GROUP_BYTES", 10)
-    assert [(r.reason, r.offset) for r in every(path) if isinstance(r, Rejected)] == [
-        ("too_large", 0),
-        ("too_large", 1),
-    ]
+    assert refusals() == [("too_large", 0), ("too_large", 1)]
     monkeypatch.setattr(_parquet, "GROUP_BYTES", _files.TOTAL_BYTES)
     monkeypatch.setattr(_parquet, "GROUP_VALUES", 3)
-    assert [r.reason for r in every(path) if isinstance(r, Rejected)] == ["too_large", "too_large"]
+    assert refusals() == [("too_large", 0), ("too_large", 1)]
 
 
 def test_damaged_parquet(tmp_path):
@@ -620,30 +635,18 @@ _TURN = st.fixed_dictionaries(
 )
 _ROW = st.dictionaries(
     st.sampled_from(
-        ["messages", "conversations", "traj", "task_id", "trial", "reward", "rewards", "prompt", "completion", "input"]
-        + [
-            "output",
-            "score",
-            "step",
-            "trajectory",
-            "completion_ids",
-            "completion_mask",
-            "metadata",
-            "decisions",
-            "success",
-        ]
+        "messages conversations traj task_id trial reward rewards prompt completion input output score step trajectory "
+        "completion_ids completion_mask metadata decisions success".split()
     ),
     _ANY | st.lists(_TURN, max_size=4) | st.lists(_TURN, min_size=1, max_size=3),
 )
 
 
 def _json(value: Any) -> bytes:
-    import json
-
     return json.dumps(value).encode()
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(_ROW, st.integers(0, 300), st.binary(max_size=3))
 def test_any_row_and_any_bytes_give_episodes_or_rejections(tmp_path, row, at, noise):
     data = _json(row)
@@ -662,7 +665,7 @@ def small_parquet(tmp_path_factory) -> bytes:
     return path.read_bytes()
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_parquet_bytes_give_episodes_or_rejections(tmp_path, small_parquet, data):
     broken = bytearray(small_parquet)

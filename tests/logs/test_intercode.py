@@ -42,14 +42,17 @@ def test_a_score_counts_once(tmp_path):
     assert [s.progress for s in episode.steps] == [0.5, 0.75, 0.25, 0.75, 1.0, None]
     assert [s.reward for s in episode.steps] == [0.5, 0.25, 0, 0, 0.25, None]
     assert {s.reward_source for s in episode.steps[:-1]} == {"progress_delta"}
-    assert episode.outcome_reward == episode.raw_reward == 1 and episode.success is True
+    assert episode.outcome_reward == episode.raw_reward == 1
+    assert episode.success is True
     assert (episode.terminated, episode.truncated, episode.end_reason) == (True, False, "env_done")
 
 
 def test_the_limit_truncates(tmp_path):
     (episode,) = read(tmp_path, {"3": item([0.5, 0.5], limit=2)})
     assert (episode.terminated, episode.truncated, episode.end_reason) == (False, True, "step_limit")
-    assert episode.success is False and episode.steps[1].truncated is True and episode.native_id == "3"
+    assert episode.success is False
+    assert episode.steps[1].truncated is True
+    assert episode.native_id == "3"
 
 
 def test_an_end_before_the_limit_is_unknown(tmp_path):
@@ -63,14 +66,16 @@ def test_steps_see_the_answer_before(tmp_path):
     assert [s.action_valid for s in episode.steps] == [False, True, None]
     assert (episode.steps[0].action, episode.steps[0].action_name, episode.steps[0].thought) == ("ls 0", "ls", "Hm.")
     assert episode.steps[0].action_grammar == "shell"
-    assert episode.task_id == "ic_bash/nl2bash_fs_1/0" and episode.dataset == "ic_bash"
+    assert episode.task_id == "ic_bash/nl2bash_fs_1/0"
+    assert episode.dataset == "ic_bash"
 
 
 def test_scores_that_were_not_logged_stay_null(tmp_path):
     value = item([0.5, 1.0], rewards=[None, 1.0])
     (episode,) = read(tmp_path, {"0": value})
     assert [s.reward for s in episode.steps] == [None, 1, None]
-    assert episode.quality_flags == ("missing_rewards",) and episode.success is None
+    assert episode.quality_flags == ("missing_rewards",)
+    assert episode.success is None
 
 
 @pytest.mark.parametrize(
@@ -114,7 +119,8 @@ def test_real_results(shared_data):
     whole = [item for item in found if isinstance(item, Episode)]
     assert len(found) == len(whole) == 60
     stored = [rows.convert(episode, "i") for episode in whole]
-    assert sum(row.n_steps for row in stored) == 401 and len({row.episode_id for row in stored}) == 60
+    assert sum(row.n_steps for row in stored) == 401
+    assert len({row.episode_id for row in stored}) == 60
     assert [sum(e.success is s for e in whole) for s in (True, False)] == [25, 35]
     assert [sum(e.end_reason == r for e in whole) for r in ("env_done", "step_limit")] == [25, 35]
     for episode in whole:

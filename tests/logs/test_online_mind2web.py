@@ -174,6 +174,20 @@ def test_what_is_rejected(tmp_path, change, reason):
     assert got.reason == reason
 
 
+def test_the_list_of_tasks(tmp_path):
+    folder = write(tmp_path / "x", RECORD)
+    listed = [{"task_id": "0a1b", "website": "https://www.shop.example/", "level": "easy", "reference_length": 4}]
+    (tmp_path / "tasks.json").write_text(json.dumps(listed))
+    (got,) = logs.read(SOURCE, folder, tasks=str(tmp_path / "tasks.json"))
+    assert isinstance(got, Episode)
+    assert (got.site, got.start_url) == ("www.shop.example", "https://www.shop.example/")
+    assert got.extra == {"result_status": "success", "level": "easy", "reference_length": 4}
+    for wrong in ("{}", "[1]", '[{"website": "https://["}]', "["):
+        (tmp_path / "tasks.json").write_text(wrong)
+        with pytest.raises(UserError, match=r"Online_Mind2Web\.json"):
+            list(logs.read(SOURCE, folder, tasks=str(tmp_path / "tasks.json")))
+
+
 def test_an_action_without_words_is_kept(tmp_path):
     (step,) = one(write(tmp_path / "x", RECORD | {"action_history": [None], "thoughts": ["t"]})).steps
     assert (step.action, step.action_valid) == ("", False)
@@ -212,7 +226,7 @@ def test_the_real_submissions(shared_data, stored):
     folder = shared_data / "online-mind2web"
     counts: Counter[Any] = Counter()
     ids = set()
-    for got in logs.read(SOURCE, folder):
+    for got in logs.read(SOURCE, folder, tasks=str(folder / "Online_Mind2Web.json")):
         if isinstance(got, Rejected):
             counts[got.reason] += 1
             counts["judge 100" if "score 100)" in got.message else got.message] += 1
@@ -225,6 +239,7 @@ def test_the_real_submissions(shared_data, stored):
         counts["labelled"] += got.success is not None or got.outcome_reward is not None
         counts["actions not taken apart"] += sum(s.action_name is None for s in got.steps if not s.is_final_observation)
         counts["pictures"] += sum((s.screenshot or {}).get("status") == "lfs_pointer" for s in got.steps)
+        counts["sites"] += got.site is not None
         counts["final observations"] += got.steps[-1].is_final_observation
         assert got.dataset == "abp"
     zero = next(key for key in counts if type(key) is str and "score 0)" in key)
@@ -238,6 +253,7 @@ def test_the_real_submissions(shared_data, stored):
         ("error_max_turns", "step_limit", True, True): 15,
         # Three episodes have pictures, 24 + 14 + 21: none before the first action, one after the last.
         "final observations": 3,
+        "sites": 161,
         "pictures": 59,
         "labelled": 0,
         "actions not taken apart": 0,

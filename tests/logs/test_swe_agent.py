@@ -15,7 +15,13 @@ from offline_lm.types import Episode, Rejected
 
 def turn(action: str, answer: str, **keys) -> dict[str, Any]:
     text = f"I try.\n```\n{action}\n```"
-    return {"action": f"{action}\n", "observation": answer, "response": text, "thought": "I try.\n", "state": "{}"} | keys
+    return {
+        "action": f"{action}\n",
+        "observation": answer,
+        "response": text,
+        "thought": "I try.\n",
+        "state": "{}",
+    } | keys
 
 
 OLD = {
@@ -38,7 +44,10 @@ NEW = {
             state={"working_dir": "/testbed"},
             execution_time=0.5,
             extra_info={},
-            query=[{"role": "system", "content": "S"}, {"role": "user", "content": [{"type": "text", "text": "Fix it."}]}],
+            query=[
+                {"role": "system", "content": "S"},
+                {"role": "user", "content": [{"type": "text", "text": "Fix it."}]},
+            ],
         ),
         turn("ls", "a.py", state={"working_dir": "/testbed"}, query=[]),
     ],
@@ -75,7 +84,8 @@ def test_old_files(tmp_path):
 def test_new_files(tmp_path):
     episode = read(tmp_path, NEW)
     assert [s.observation for s in episode.steps] == ["Fix it.", "files", "a.py"]
-    assert episode.steps[2].is_final_observation and episode.steps[0].extra["execution_time"] == 0.5
+    assert episode.steps[2].is_final_observation
+    assert episode.steps[0].extra["execution_time"] == 0.5
     assert (episode.model, episode.cost_usd, episode.tokens_in, episode.tokens_out) == ("claude-sonnet", 1.5, 900, 30)
     assert (episode.terminated, episode.truncated, episode.end_reason) == (False, True, "step_limit")
     assert episode.extra["info"] == {"edited_files30": "a.py"}
@@ -84,7 +94,8 @@ def test_new_files(tmp_path):
 def test_success_is_never_guessed(tmp_path):
     episode = read(tmp_path, OLD)
     assert (episode.outcome_reward, episode.success, episode.self_reported_success) == (None, None, None)
-    assert episode.quality_flags == ("unlabelled",) and {s.reward for s in episode.steps} == {None}
+    assert episode.quality_flags == ("unlabelled",)
+    assert {s.reward for s in episode.steps} == {None}
 
 
 @pytest.mark.parametrize(

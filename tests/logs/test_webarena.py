@@ -185,6 +185,7 @@ def test_log_files_beside(folder):
     ("stop", "terminated", "truncated", "reason"),
     [
         ("stop [Early stop: Reach max steps 30]", False, True, "step_limit"),
+        ("stop [Early stop: Get a numeric reward 1.00, test ends]", True, False, "env_done"),
         ("stop [Early stop: Same action for 3 times]", False, True, "agent_error"),
         ("stop [Early stop: Failed to parse actions for 3 times]", False, True, "agent_error"),
         ("stop [ERROR: no response]", None, None, "agent_error"),

@@ -176,6 +176,7 @@ def test_the_real_groups(shared_data):
         )
         assert sum(s.reward or 0 for s in got.steps) == pytest.approx(got.outcome_reward)
         assert all(orjson.dumps(s.extra) for s in got.steps)
+        assert not any(s.reward for s in got.steps if s.action_valid is False)  # earned by nothing that was done
     assert counts == {
         "episodes": 185,
         "steps": 1616,

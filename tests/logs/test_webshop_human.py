@@ -60,7 +60,8 @@ def read(folder, visits: list[Any] | bytes) -> Any:
 )
 def test_inferred_actions(tmp_path, before, after, action):
     episode = read(tmp_path, [before, after])
-    assert episode.steps[0].action == action and episode.steps[1].is_final_observation
+    assert episode.steps[0].action == action
+    assert episode.steps[1].is_final_observation
 
 
 def test_session(tmp_path):
@@ -75,13 +76,16 @@ def test_session(tmp_path):
 
 def test_the_hidden_answer_is_not_in_what_was_seen(tmp_path):
     seen = "".join(step.observation or "" for step in read(tmp_path, SESSION).steps)
-    assert "attributes" not in seen and "reward" not in seen and "price_upper" not in seen
+    assert "attributes" not in seen
+    assert "reward" not in seen
+    assert "price_upper" not in seen
 
 
 def test_a_session_without_end_is_unlabelled(tmp_path):
     episode = read(tmp_path, SESSION[:-1])
     assert (episode.outcome_reward, episode.success, episode.terminated) == (None, None, None)
-    assert "unlabelled" in episode.quality_flags and episode.steps[0].reward is None
+    assert "unlabelled" in episode.quality_flags
+    assert episode.steps[0].reward is None
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,9 @@ def search() -> Log:
     """Two searches tried at the root, one of them twice; below the better one, Buy Now twice and an invalid action."""
     log = Log().add("{}").add("Iteration 1...").prompt()
     log.add(r"SAMPLED ACTION: ['\nAction: search[mug]', '\nAction: search[red mug]\n', '\nAction: search[mug]']")
-    log.tried(1, "search[mug]", "\n[Blue] ").tried(1, "search[red mug]", "\n[Red] ").tried(1, "search[mug]", "\n[Blue] ")
+    log.tried(1, "search[mug]", "\n[Blue] ").tried(1, "search[red mug]", "\n[Red] ").tried(
+        1, "search[mug]", "\n[Blue] "
+    )
     log.add("VALUE OUTPUTS: ['fair']").add("VALUES: 0.4").add("VALUES: 0.9")
     log.add("Length of votes: 2").prompt(("search[red mug]", "\n[Red] "))
     log.add(r"SAMPLED ACTION: ['\nAction: click[Buy Now]', '\nAction: I will buy it', '\nAction: click[Buy Now]']")
@@ -60,12 +62,19 @@ def test_each_end_is_a_rollout_and_the_later_branch_off_the_first(tmp_path):
     assert (first.native_id, first.parent_episode_id, first.branch_step) == ("0", None, None)
     assert (second.native_id, second.branch_step) == ("0/1", 1)
     assert second.parent_episode_id == rows.convert(first, "i").episode_id
-    assert [s.action for s in first.steps] == [s.action for s in second.steps] == ["search[red mug]", "click[Buy Now]", None]
-    assert [s.reward for s in first.steps] == [0, 1, None] and [s.reward for s in second.steps] == [0, 0.5, None]
+    assert (
+        [s.action for s in first.steps]
+        == [s.action for s in second.steps]
+        == ["search[red mug]", "click[Buy Now]", None]
+    )
+    assert [s.reward for s in first.steps] == [0, 1, None]
+    assert [s.reward for s in second.steps] == [0, 0.5, None]
     assert (first.success, second.success, first.policy_kind) == (True, False, "search")
     assert (first.goal, first.task_id) == ("a red mug", "webshop/fixed_4")
     assert first.steps[2].observation == "Your score (min 0.0, max 1.0): 1.0"
-    assert first.steps[1].terminated is True and first.terminated is True and first.truncated is False
+    assert first.steps[1].terminated is True
+    assert first.terminated is True
+    assert first.truncated is False
 
 
 def test_candidates_are_the_siblings_with_their_values(tmp_path):
@@ -76,11 +85,13 @@ def test_candidates_are_the_siblings_with_their_values(tmp_path):
         ("search[red mug]", 0.9, True, "\nAction: search[red mug]\n"),
         ("search[mug]", 0.4, False, "\nAction: search[mug]"),
     ]
-    assert {c.source for c in first.steps[0].candidates} == {"search"} and first.steps[0].candidates_complete is False
+    assert {c.source for c in first.steps[0].candidates} == {"search"}
+    assert first.steps[0].candidates_complete is False
     assert [c.executed for c in first.steps[1].candidates] == [True, False, False]
     assert [c.executed for c in second.steps[1].candidates] == [False, False, True]
     assert [c.score for c in first.steps[1].candidates] == [None, None, None]  # ended, or not judged
-    assert first.steps[0].extra == {"siblings": {"search[mug]": "[Blue] "}} and second.steps[0].extra is None
+    assert first.steps[0].extra == {"siblings": {"search[mug]": "[Blue] "}}
+    assert second.steps[0].extra is None
     assert first.steps[1].extra == {"siblings": {"I will buy it": "Invalid action!"}}
 
 
@@ -94,11 +105,15 @@ def test_an_invalid_action_earns_nothing(tmp_path):
     (episode,) = read(tmp_path, log.tried(1, "buy", "Invalid action!", value="-1.00").text)
     step = episode.steps[0]
     assert (step.action, step.action_name, step.action_valid, step.reward) == ("buy", None, False, None)
-    assert episode.quality_flags == ("unlabelled",) and episode.success is None and episode.terminated is None
+    assert episode.quality_flags == ("unlabelled",)
+    assert episode.success is None
+    assert episode.terminated is None
 
 
 def test_a_later_iteration_continues_the_tree(tmp_path):
-    log = search().add("Iteration 2...").add("Selecting from 2 children at depth 0.").prompt(("search[mug]", "\n[Blue] "))
+    log = (
+        search().add("Iteration 2...").add("Selecting from 2 children at depth 0.").prompt(("search[mug]", "\n[Blue] "))
+    )
     log.add(r"SAMPLED ACTION: ['\nAction: click[Buy Now]']")
     log.tried(2, "click[Buy Now]", "Your score (min 0.0, max 1.0): 0.1", reward=0.1, value="0.10")
     third = read(tmp_path, log.text)[2]
@@ -128,7 +143,8 @@ def test_refused(tmp_path, text, reason):
 
 def test_responses_that_cannot_be_read_are_null(tmp_path):
     first, _ = read(tmp_path, search().text.replace("SAMPLED ACTION: [", "SAMPLED ACTION: [__import__('os'), "))
-    assert first.steps[0].response is None and first.steps[0].action == "search[red mug]"
+    assert first.steps[0].response is None
+    assert first.steps[0].action == "search[red mug]"
 
 
 def test_detect(tmp_path):
@@ -157,9 +173,11 @@ def test_real_logs(shared_data):
     assert [item.reason for item in found if isinstance(item, Rejected)] == ["no_steps"] * 3
     assert len(whole) == sum(e.success is True for e in whole) == 15
     stored = [rows.convert(episode, "i") for episode in whole]
-    assert sum(row.n_steps for row in stored) == 75 and len({row.episode_id for row in stored}) == 15
+    assert sum(row.n_steps for row in stored) == 75
+    assert len({row.episode_id for row in stored}) == 15
     first = [e for e in whole if e.parent_episode_id is None]
-    assert len(first) == 3 and sum(len(s.candidates or ()) for e in first for s in e.steps) == 90
+    assert len(first) == 3
+    assert sum(len(s.candidates or ()) for e in first for s in e.steps) == 90
     assert {e.branch_step for e in whole if e.parent_episode_id} == {4}
     assert len({e.goal for e in first}) == 2
     assert {e.parent_episode_id for e in whole} - {None} == {rows.convert(e, "i").episode_id for e in first}

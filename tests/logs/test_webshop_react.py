@@ -63,7 +63,8 @@ def test_steps_see_the_answer_before(tmp_path):
     assert steps[1].observation == "\n[Back to Search] \n[B0972Q1T8T] \n$32.99 "
     assert steps[2].observation == "OK."
     assert steps[3].observation == "Invalid action!"
-    assert steps[5].is_final_observation and steps[5].observation == "Your score (min 0.0, max 1.0): 0.75"
+    assert steps[5].is_final_observation
+    assert steps[5].observation == "Your score (min 0.0, max 1.0): 0.75"
     assert episode.goal == "i want a usb microphone, and price lower than 50.00 dollars"
     assert (episode.native_id, episode.dataset, episode.task_id) == ("0", "run", "webshop/fixed_0")
 
@@ -74,7 +75,8 @@ def test_reward_goes_to_buy_now(tmp_path):
     assert {step.reward_source for step in episode.steps[:-1]} == {"env"}
     assert (episode.outcome_reward, episode.success) == (0.75, False)
     assert (episode.terminated, episode.truncated, episode.end_reason) == (True, False, "env_done")
-    assert episode.steps[4].terminated is True and episode.steps[3].terminated is None
+    assert episode.steps[4].terminated is True
+    assert episode.steps[3].terminated is None
 
 
 def test_invalid_and_unclosed_actions(tmp_path):
@@ -83,13 +85,19 @@ def test_invalid_and_unclosed_actions(tmp_path):
     assert episode.steps[2].action_error == "Invalid action!"
     think = episode.steps[1]
     assert think.action == think.response == "think[B0972Q1T8T is good."
-    assert think.thought == "B0972Q1T8T is good." and think.action_args == {"thought": "B0972Q1T8T is good."}
+    assert think.thought == "B0972Q1T8T is good."
+    assert think.action_args == {"thought": "B0972Q1T8T is good."}
+
+
+def closed(turns: str) -> str:
+    return f"{header(0)}{turns}\n\n1 0.0 0.0 0.0\n-------------\n"
 
 
 def test_text_that_is_no_action_has_no_name(tmp_path):
-    (episode,) = episodes(tmp_path, header(3) + "Action: exit\nObservation: Invalid action!\n\n1 0.0 0.0 1.0\n-------------\n")
+    (episode,) = episodes(tmp_path, closed("Action: exit\nObservation: Invalid action!"))
     assert (episode.steps[0].action, episode.steps[0].action_name) == ("exit", None)
-    assert episode.end_reason == "env_error" and episode.truncated is None  # closed, but neither bought nor at the limit
+    assert episode.end_reason == "env_error"
+    assert episode.truncated is None
 
 
 def test_never_bought_is_zero_and_truncated(tmp_path):
@@ -98,13 +106,15 @@ def test_never_bought_is_zero_and_truncated(tmp_path):
     assert len(episode.steps) == 15
     assert (episode.outcome_reward, episode.success, episode.quality_flags) == (0, False, ("no_score",))
     assert (episode.terminated, episode.truncated, episode.end_reason) == (False, True, "step_limit")
-    assert episode.steps[13].truncated is True and episode.steps[13].terminated is False
+    assert episode.steps[13].truncated is True
+    assert episode.steps[13].terminated is False
 
 
 def test_empty_score_page_counts_zero_as_the_harness_does(tmp_path):
-    (episode,) = episodes(tmp_path, header(0) + "Action: click[Buy Now]\nObservation: \n\n1 0.0 0.0 0.0\n-------------\n")
+    (episode,) = episodes(tmp_path, closed("Action: click[Buy Now]\nObservation: "))
     assert (episode.outcome_reward, episode.success) == (0, False)
-    assert episode.quality_flags == ("no_score", "empty_score_page") and episode.end_reason == "env_error"
+    assert episode.quality_flags == ("no_score", "empty_score_page")
+    assert episode.end_reason == "env_error"
 
 
 def test_a_cut_episode_is_unlabelled(tmp_path):
@@ -112,7 +122,8 @@ def test_a_cut_episode_is_unlabelled(tmp_path):
     assert [step.action for step in episode.steps] == ["search[mug]", None]
     assert episode.steps[1].observation == "OK."
     assert (episode.outcome_reward, episode.success, episode.truncated) == (None, None, None)
-    assert episode.quality_flags == ("cut_log", "unlabelled") and episode.extra == {"cut_action": "clic"}
+    assert episode.quality_flags == ("cut_log", "unlabelled")
+    assert episode.extra == {"cut_action": "clic"}
     assert episode.steps[0].reward is None
 
 
@@ -122,7 +133,8 @@ def test_two_runs_in_one_file_have_other_names(tmp_path):
 
 def test_carriage_returns(tmp_path):
     (episode,) = episodes(tmp_path, BOUGHT.replace("\n", "\r\n"))
-    assert episode.steps[0].observation == FIRST_PAGE and episode.outcome_reward == 0.75
+    assert episode.steps[0].observation == FIRST_PAGE
+    assert episode.outcome_reward == 0.75
 
 
 @pytest.mark.parametrize(
@@ -132,6 +144,7 @@ def test_carriage_returns(tmp_path):
         ("hello", ["unknown_format"]),
         ("hello\n" + BOUGHT, ["unknown_format"]),
         (header(0), ["no_steps"]),
+        (BOUGHT.replace("1.0): 0.75", "1.0): 1e999"), ["out_of_range"]),
         (BOUGHT.encode().replace(b"good", b"\xff"), ["invalid_utf8"]),
     ],
 )
