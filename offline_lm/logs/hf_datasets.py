@@ -66,7 +66,7 @@ def _read_folder(folder: Path) -> Iterator[Episode | Rejected]:
                 break
             data = b""
             try:
-                data = orjson.dumps(row, default=_refuse)
+                data = _json(row)
                 if len(data) > MAX_BYTES:
                     raise Bad("too_large", f"the row is longer than {MAX_BYTES} bytes; shorten its pages")
                 record = Record(index, data, hashlib.sha256(data).hexdigest(), False)
@@ -75,8 +75,6 @@ def _read_folder(folder: Path) -> Iterator[Episode | Rejected]:
                 yield episode if _exact.is_exact(value) else replace(episode, source=SOURCE)
             except Bad as bad:
                 yield rejected(SOURCE, file, bad, index, data)
-            except TypeError as error:  # orjson: bytes, an integer over 64 bits
-                yield rejected(SOURCE, file, Bad("wrong_type", f"the row cannot be said in JSON: {error}"), index)
             index += 1
 
 
@@ -93,18 +91,25 @@ def _listed(folder: Path) -> list[Path]:
     return [folder / str(name) for name in names]
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any] | Damaged]:
+def _rows(file: Path) -> Iterator[pa.RecordBatch | Damaged]:
     try:
         size = file.stat().st_size
         with _files.open_log(file) as stream, pa.ipc.open_stream(_Capped(stream, size)) as reader:
             for batch in reader:
                 batch.validate(full=True)
                 for i in range(batch.num_rows):
-                    yield batch.slice(i, 1).to_pylist()[0]
+                    yield batch.slice(i, 1)
     except UserError as error:
         yield Damaged(str(error))
     except (OSError, UnicodeDecodeError, ValueError, pa.ArrowException) as error:
         yield Damaged(str(error).splitlines()[0] if str(error) else type(error).__name__)
+
+
+def _json(row: pa.RecordBatch) -> bytes:
+    try:
+        return orjson.dumps(row.to_pylist()[0], default=_refuse)
+    except (TypeError, ValueError, OverflowError) as error:  # bytes, an integer over 64 bits, a time without a date
+        raise Bad("wrong_type", f"the row cannot be said in JSON: {error}") from None
 
 
 class _Capped(io.RawIOBase):

@@ -14,7 +14,7 @@ _STARTS = re.compile(r"\(\?#starts ([^)]*)\)")
 _SHORT, _FEW = 400, 4
 """Characters of a text, and words, up to which plain search is faster than the screen."""
 _HIDDEN = re.compile(
-    r"[\W_]*|<secret>\w+</secret>|<[A-Za-z_ ]+>|\{\{?[A-Za-z_. ]+\}?\}|\$\{?[A-Z_]+\}?|%[A-Za-z_]+%|[xX*]+"
+    r"[\W_]*|<secret>\w+</secret>|<[A-Za-z_ ]+>|\{\{?[A-Za-z_. ]+\}?\}|\$\{?[A-Z_]+\}?|%[A-Za-z_]+%|[xX*]{3,}"
 )
 
 

@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow as pa
-import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 from deltalake.transaction import RemoveAction
@@ -56,7 +56,7 @@ def examine(url: str | Path, *, deep: bool = False) -> list[Finding]:
     """
     store = _local(url)
     findings = [finding for table in _tables(store) for finding in _examine_log(store, table)]
-    if findings and not all(finding.harmless for finding in findings):
+    if findings:
         return findings  # what the log does not tell cannot be looked at
     findings += [finding for table in _tables(store) for finding in _examine_files(store, table, deep)]
     if any(finding.kind.startswith("file_") for finding in findings):
@@ -117,10 +117,10 @@ def _examine_log(store: Store, table: str) -> Iterator[Finding]:
             yield _finding(store, table, "log_torn", path, f"the commit cannot be read ({torn or 'no metadata'})")
     pointer = log / "_last_checkpoint"
     for name in names:
-        if _CHECKPOINT.fullmatch(name) and (torn := _torn_parquet(log / name, None, None, deep=True)):
-            yield _finding(store, table, "checkpoint_torn", log / name, f"the checkpoint cannot be read ({torn})", True)
+        if _CHECKPOINT.fullmatch(name) and (torn := _unreadable(log / name)):
+            yield _finding(store, table, "checkpoint_torn", log / name, f"the checkpoint cannot be read ({torn})")
     if pointer.exists() and _bad_pointer(pointer):
-        yield _finding(store, table, "checkpoint_torn", pointer, "it names no checkpoint that is there", True)
+        yield _finding(store, table, "checkpoint_torn", pointer, "it names no checkpoint that is there")
 
 
 def _torn_entry(path: Path) -> str | None:
@@ -146,9 +146,9 @@ def _bad_pointer(pointer: Path) -> bool:
     return type(version) is not int or not (pointer.parent / f"{version:020}.checkpoint.parquet").exists()
 
 
-def _finding(store: Store, table: str, kind: str, path: Path, message: str, harmless: bool = False) -> Finding:
+def _finding(store: Store, table: str, kind: str, path: Path, message: str) -> Finding:
     place = str(path.relative_to(store.url))
-    return Finding(kind, table, place, f"{place}: {message}", harmless=harmless)
+    return Finding(kind, table, place, f"{place}: {message}")
 
 
 def _mend_entry(store: Store, finding: Finding, lost: Path) -> None:
@@ -179,7 +179,7 @@ def _examine_files(store: Store, table: str, deep: bool) -> Iterator[Finding]:
         path = Path(store.table_url(table), row["path"])
         if not path.exists():
             kind, why = "file_missing", "it is gone"
-        elif torn := _torn_parquet(path, row["size_bytes"], row.get("num_records"), deep):
+        elif torn := _torn(path, row["size_bytes"], deep):
             kind, why = "file_torn", f"it cannot be read ({torn})"
         else:
             continue
@@ -200,18 +200,23 @@ def _opened(store: Store, table: str) -> DeltaTable:
         raise UserError(f"{store.table_url(table)}: its log is whole, yet it cannot be opened: {error}") from error
 
 
-def _torn_parquet(path: Path, size: int | None, rows: int | None, deep: bool) -> str | None:
-    if size is not None and path.stat().st_size != size:
+def _torn(path: Path, size: int, deep: bool) -> str | None:
+    """What is wrong with a data file; with `deep` its bytes are compared with the hash in its name."""
+    if path.stat().st_size != size:
         return f"{path.stat().st_size} bytes of {size}"
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=deep) as file:
-            if rows is not None and file.metadata.num_rows != rows:
-                return f"{file.metadata.num_rows} rows of {rows}"
-            if deep:
-                for group in range(file.num_row_groups):
-                    file.read_row_group(group)
-    except (OSError, pa.ArrowException) as error:
-        return (str(error).splitlines() or [type(error).__name__])[0][:100]
+    if deep and (digest := commits.digest_in(path.name)):
+        return None if commits.digest_of(path) == digest else "its bytes are not those that were written"
+    return _unreadable(path) if deep else None
+
+
+def _unreadable(path: Path) -> str | None:
+    """DuckDB's complaint about a Parquet file. (pyarrow aborts the process over some damaged footers.)"""
+    name = "'" + str(path).replace("'", "''") + "'"
+    with duckdb.connect() as db:
+        try:
+            db.execute(f"SELECT count(COLUMNS(*)) FROM read_parquet({name})")
+        except duckdb.Error as error:
+            return (str(error).splitlines() or [type(error).__name__])[0][:100]
     return None
 
 
@@ -298,7 +303,7 @@ def _examine_unseen(store: Store) -> Iterator[Finding]:
     history = _ever_added(store, "episodes")
     seen = {row["episode_id"] for row in _readable(store, "episodes", ["episode_id"])}
     for path in sorted(Path(store.table_url("episodes")).glob("*.parquet")):
-        if path.name in known or path.name in history or _torn_parquet(path, None, None, False):
+        if path.name in known or path.name in history or _unreadable(path):
             continue
         rows = store.read_file("episodes", str(path), ["episode_id", "provenance"]).to_pylist()
         names = tuple(sorted(_name(row) for row in rows if row["episode_id"] not in seen))

@@ -9,8 +9,10 @@ point ``episodes.committed`` is reached the third time.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import signal
 import time
 import uuid
@@ -33,6 +35,7 @@ ROW_GROUP = 1024
 """Rows of ``steps`` in a row group: a batch of training steps is a few row groups to read."""
 ROW_GROUP_BYTES = 64 << 20
 
+_DIGEST = re.compile(r"\.([0-9a-f]{32})\.parquet$")
 _synced: dict[str, str] = {}
 """Log folder -> the newest entry of it that this process has made durable."""
 _reached: Counter[str] = Counter()
@@ -81,7 +84,9 @@ def write_file(table: str, url: str, batches: Iterable[pa.RecordBatch], *, data_
                     rows += part.num_rows
         size = files.get_file_info(name).size
         if "://" not in url:
-            sync(Path(url, name))
+            written, name = name, name.replace(".parquet", f".{digest_of(Path(url, name))}.parquet")
+            sync(Path(url, written))
+            files.move(written, name)
             sync(Path(url))
     except BaseException:
         if files.get_file_info(name).type != fs.FileType.NotFound:
@@ -135,6 +140,18 @@ def sync_log(url: str) -> None:
     sync(log)
     if versions := [name for name in entries if name[0].isdigit()]:
         _synced[str(log)] = versions[-1]
+
+
+def digest_of(path: Path) -> str:
+    """128 bits of the SHA-256 of a file; `write_file` puts them into its name."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+
+def digest_in(name: str) -> str | None:
+    """The digest in the name of a data file; None for files of other writers, and of object stores."""
+    found = _DIGEST.search(name)
+    return found[1] if found else None
 
 
 def sync(path: Path) -> None:

@@ -27,7 +27,7 @@ import yaml
 
 from offline_lm import paths
 from offline_lm.store import _typed
-from offline_lm.store._patterns import PLACEHOLDER, Patterns, hidden
+from offline_lm.store._patterns import PLACEHOLDER, Patterns
 from offline_lm.types import Episode, Rejected, Step
 
 T = TypeVar("T")
@@ -179,7 +179,7 @@ class _Vault:
         if value is None or type(value) is bool or value in ("", [], {}):
             return value
         text = value if isinstance(value, str) else orjson.dumps(value, default=str, option=_ANY_KEYS).decode()
-        return value if hidden(PLACEHOLDER.sub("", text)) else self.of(text, "named", count=True)
+        return value if not re.search(r"\w", PLACEHOLDER.sub("", text)) else self.of(text, "named", count=True)
 
     def everywhere(self) -> Change | None:
         """Replaces every secret that is long enough wherever it stands as a whole word, escaped or not."""

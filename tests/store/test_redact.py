@@ -45,9 +45,9 @@ SECRETS = [  # kind, text, secret
     ("url_query", "/blob?sig=qwertyuiop", "qwertyuiop"),
     ("secret", "api_key = 'abc123def'", "abc123def"),
     ("secret", r"{\"clientSecret\": \"s3cr3tvalue\"}", "s3cr3tvalue"),
-    ("secret", "export GH_TOKEN=abcdefabcdefabcdef", "abcdefabcdefabcdef"),
+    ("url_query", "export GH_TOKEN=abcdefabcdefabcdef", "abcdefabcdefabcdef"),
     ("password", "password: hunter2", "hunter2"),
-    ("password", "user=bob&password=hunter2&go=1", "hunter2"),
+    ("url_query", "user=bob&password=hunter2&go=1", "hunter2"),
     ("password", '{"db_password": "hunt er2"}', "hunt er2"),
     ("password", r"{\"password\": \"hunter2\"}", "hunter2"),
     ("password_said", 'Enter the password "tAt7" into both fields', "tAt7"),
@@ -145,6 +145,7 @@ def test_a_pattern_without_starts_is_searched_everywhere():
 
 PAGE = "[11] textbox 'User'\n[12] textbox 'Password', required\n[13] button 'Log in'"
 HTML = '<input bid="11" name="user"><input bid="12" type="password"><button bid="13">'
+CHAT = json.dumps([{"role": "user", "content": PAGE}])
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ HTML = '<input bid="11" name="user"><input bid="12" type="password"><button bid=
             "action": "fill('12', 'hunter2')",
         },
         {
-            "action": '[{"input_text": {"index": 1, "text": "bob42"}}, {"input_text": {"index": 2, "text": "hunter2"}}]',
+            "action": '[{"input_text": {"index": 1, "text": "bob42"}}, {"input": {"index": 2, "text": "hunter2"}}]',
             "extra": {"interacted_element": [{"tag_name": "input"}, {"attributes": {"type": "password"}}]},
         },
         {"observation": "[12] textbox 'Password' focused", "action": "keyboard_type('hunter2')"},
@@ -218,8 +219,8 @@ def test_every_place_is_redacted_and_json_stays_json(redactor):
     messages = json.dumps([{"role": "user", "content": f'say "{key}"', "password": "p1", "n": 1}])
     made = episode(
         step(messages=messages, url=f"https://x.org/?token={key}", title=key, response=key, thought=key, action=key,
-             sub_actions=(key,), action_args={"a": [key]}, action_error=key, target={"text": key}, observation_error=key,
-             candidates=(Candidate(action=key),), extra={key: 1, "note": key}),
+             sub_actions=(key,), action_args={"a": [key]}, action_error=key, target={"text": key},
+             observation_error=key, candidates=(Candidate(action=key),), extra={key: 1, "note": key}),
         native_id=key, task_id=key, uri=f"logs/{key}.jsonl", goal=key, final_answer=key, sampling={"note": key},
         start_url=key, labels=(Label(kind="human", labeler=key, reason=key),), dataset=key, sha256="f" * 64,
     )  # fmt: skip
@@ -234,7 +235,8 @@ def test_keys_named_like_secrets_lose_their_whole_value(redactor):
     extra = {
         "password": "x", "accessToken": 12345, "headers": {"Cookie": "abc", "Accept": "text"}, "cookies": [{"v": "q"}],
         "har": [{"name": "Authorization", "value": "zzz"}, {"name": "Host", "value": "h"}], "pair": ["Set-Cookie", "q"],
-        "api_key": None, "max_tokens": 5, "token": {"a": "b"}, "eos_token": "</s>", "logprob": [{"token": "a", "logprob": 0}],
+        "api_key": None, "max_tokens": 5, "token": {"a": "b"}, "eos_token": "</s>",
+        "logprob": [{"token": "a", "logprob": 0}],
     }  # fmt: skip
     got = redactor.episode(episode(extra=extra)).extra
     assert got["password"] == "[redacted:named:1]"
