@@ -38,6 +38,7 @@ def ingest(cfg: DictConfig) -> dict[str, Any]:
     options = cli.plain(cfg).get("options") or {}
     logs.read(cfg.source, path, **options)  # a wrong name is told before a store is made
     labels = None if cfg.labels is None else Labels.load(Path(cfg.labels))
+    chunks = engine(cfg.engine)
     size = sum(file.stat().st_size for file in walk(path))
     store = Store.create(cfg.store)
     writer = Writer(store, mode=cfg.mode)
@@ -54,7 +55,7 @@ def ingest(cfg: DictConfig) -> dict[str, Any]:
     began = time.monotonic()
     with tqdm(desc="ingest", total=size, unit="B", unit_scale=True, file=sys.stderr, disable=None) as bar:
         writer.acknowledge = lambda counts: bar.set_postfix_str(_rate(counts, time.monotonic() - began))
-        for done in engine(cfg.engine)(job, _workers(cfg.workers, size)):
+        for done in chunks(job, _workers(cfg.workers, size)):
             writer.take(done.chunk)
             bar.update(done.size)
         counts = writer.finish()

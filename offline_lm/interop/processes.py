@@ -71,7 +71,7 @@ def run(job: Job, workers: int) -> Iterator[Done]:
     """
     if workers <= 1:
         for part in job.parts():
-            yield from _sized(job.chunks(part), part)
+            yield from sized(job.chunks(part), part)
         return
     with _started(job, workers) as started:
         parts = iter(job.parts())
@@ -86,10 +86,11 @@ def run(job: Job, workers: int) -> Iterator[Done]:
             if not waiting:
                 return
             worker, part = waiting.popleft()
-            yield from _sized(worker.results(part), part)
+            yield from sized(worker.results(part), part)
 
 
-def _sized(made: Iterator[Chunk], part: logs.Part | Rejected) -> Iterator[Done]:
+def sized(made: Iterator[Chunk], part: logs.Part | Rejected) -> Iterator[Done]:
+    """The chunks of ``part``; the last carries its size."""
     last: Chunk | None = None
     for chunk in made:
         if last is not None:

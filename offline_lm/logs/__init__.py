@@ -53,7 +53,7 @@ class Part:
     source: str
     path: Path
     size: int
-    """bytes, for progress; 0 for a folder"""
+    """bytes, for progress; 0 for what is no file"""
     start: int = 0
     stop: int | None = None
 
@@ -141,7 +141,7 @@ def _check_options(form: Format, options: dict[str, Any]) -> None:
 
 def _parts(form: Format, path: Path) -> Iterator[Part]:
     for found in form.find(path):
-        size = 0 if found.is_dir() else found.stat().st_size
+        size = found.stat().st_size if found.is_file() else 0
         if form.by_line and size > RANGE_BYTES and found.suffix not in (".gz", ".zst"):
             starts = [*range(0, size, RANGE_BYTES), size]
             yield from (Part(form.name, found, b - a, a, b) for a, b in pairwise(starts))
@@ -167,20 +167,23 @@ def _recognised(path: Path) -> Iterator[Part | Rejected]:
 
 def _claims(path: Path) -> Iterator[Part | Rejected]:
     sample = Sample(path)
-    if form := recognise(sample):
+    is_log = path.name.removesuffix(".gz").removesuffix(".zst").endswith(_LOGS)
+    if not sample.is_dir and not path.is_file():  # a pipe would wait for ever
+        if is_log:
+            yield _refused(path, "unreadable_file", "it is no regular file, or a link to nothing; copy the file itself")
+    elif form := recognise(sample):
         yield from _parts(form, path)
     elif sample.is_dir:
         for entry in sorted(path.iterdir(), key=lambda p: p.name):
             if not entry.name.startswith(".") and not (entry.is_dir() and entry.is_symlink()):
                 yield from _claims(entry)
-    elif path.name.removesuffix(".gz").removesuffix(".zst").endswith(_LOGS):
-        yield Rejected(
-            source=AUTO,
-            uri=str(path),
-            offset=0,
-            reason="unknown_format",
-            message=f"no format recognises the file; name one with source=: {', '.join(sources())}",
-        )
+    elif is_log:
+        told = f"no format recognises the file; name one with source=: {', '.join(sources())}"
+        yield _refused(path, "unknown_format", told)
+
+
+def _refused(path: Path, reason: str, message: str) -> Rejected:
+    return Rejected(source=AUTO, uri=str(path), offset=0, reason=reason, message=message)
 
 
 def recognise(sample: Sample) -> Format | None:

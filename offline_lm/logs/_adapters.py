@@ -18,7 +18,7 @@ from typing import Any
 
 import orjson
 
-from offline_lm.logs._files import MAX_BYTES, Damaged, Record, excerpt, open_log, records
+from offline_lm.logs._files import MAX_BYTES, Damaged, Record, excerpt, records, whole
 from offline_lm.logs._records import Bad, parse
 from offline_lm.types import Episode, Rejected, Step
 
@@ -43,13 +43,12 @@ class Sample:
 
     @cached_property
     def head(self) -> bytes:
-        """The first 64 KB of the file, decompressed; empty for a folder or a damaged file."""
+        """The first 64 KB of the file, decompressed; empty for a folder, or a file that cannot be read."""
         if self.is_dir:
             return b""
         try:
-            with open_log(self.path) as stream:
-                return stream.read(_HEAD)
-        except (EOFError, OSError):
+            return whole(self.path, _HEAD)[0]
+        except Damaged:
             return b""
 
     @cached_property
@@ -102,7 +101,7 @@ def each(
 
 def damaged(source: str, path: Path, why: Damaged, offset: int = 0) -> Rejected:
     message = f"the file cannot be read further ({why}); mend or fetch it again"
-    return Rejected(source=source, uri=str(path), offset=offset, reason="damaged_file", message=message)
+    return Rejected(source=source, uri=str(path), offset=offset, reason=why.reason, message=message)
 
 
 def rejected(

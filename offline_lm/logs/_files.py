@@ -31,7 +31,21 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class Damaged(Exception):
-    """The compressed stream cannot be read further."""
+    """The file cannot be read, or not further: ``reason`` is a stable code."""
+
+    reason = "damaged_file"
+
+
+class Unreadable(Damaged):
+    """The file cannot be opened: it is not ours to read, is gone, or is no file (a pipe would wait for ever)."""
+
+    reason = "unreadable_file"
+
+
+class TooLarge(Damaged):
+    """One value is longer than what is held in memory."""
+
+    reason = "too_large"
 
 
 class Record(NamedTuple):
@@ -102,17 +116,24 @@ def _some(path: Path, found: Iterator[Path], what: str) -> Iterator[Path]:
 def open_log(path: Path) -> IO[bytes]:
     """A buffered stream of the bytes of `path`, decompressed if the name ends in .gz or .zst.
 
-    Raises UserError if the file cannot be opened.
+    Raises Unreadable if the file cannot be opened.
     """
-    try:
-        stream = path.open("rb", buffering=_CHUNK)
-    except OSError as error:
-        raise UserError(f"{path} cannot be opened: {error.strerror or error}") from None
+    stream = open_file(path)
     if path.suffix == ".gz":
         return io.BufferedReader(_Closing(stream), _CHUNK)
     if path.suffix == ".zst":
         return io.BufferedReader(pa.CompressedInputStream(stream, "zstd"), _CHUNK)  # type: ignore[arg-type]
     return stream  # type: ignore[return-value]
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """A buffered stream of the bytes of `path` as they are. Raises Unreadable if it cannot be opened."""
+    try:
+        if path.exists() and not path.is_file():
+            raise Unreadable("it is no regular file")
+        return path.open("rb", buffering=_CHUNK)  # type: ignore[return-value]
+    except OSError as error:
+        raise Unreadable(f"it cannot be opened: {error.strerror or error}") from None
 
 
 class _Closing(gzip.GzipFile):
@@ -146,12 +167,17 @@ def whole(path: Path, limit: int = MAX_BYTES) -> tuple[bytes, bool]:
 
 
 def lines(path: Path, limit: int = MAX_BYTES, *, start: int = 0, stop: int | None = None) -> Iterator[Record | Damaged]:
-    """Every line of the file that is not blank; a damaged stream ends with a Damaged.
+    """Every line of the file that is not blank; a stream that cannot be read (further) ends with a Damaged.
 
     With `start` and `stop` only the lines that begin at or after byte `start` and before `stop`: ranges that meet
     share no line and lose none. Only for files that are not compressed.
     """
-    with open_log(path) as stream:
+    try:
+        stream = open_log(path)
+    except Damaged as error:
+        yield error
+        return
+    with stream:
         offset = start
         if start:
             stream.seek(start - 1)
@@ -185,6 +211,7 @@ def lines(path: Path, limit: int = MAX_BYTES, *, start: int = 0, stop: int | Non
 # A string, or a bracket outside strings. Possessive, so that a quote without an end costs no backtracking.
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
 _GAP = re.compile(rb"[^\s,]")
+_TOO_DEEP = 4096
 
 
 def records(path: Path, limit: int = MAX_BYTES, total: int = TOTAL_BYTES) -> Iterator[Record | Damaged]:
@@ -206,7 +233,7 @@ def records(path: Path, limit: int = MAX_BYTES, total: int = TOTAL_BYTES) -> Ite
         yield from lines(path, limit)
         return
     if more:
-        yield Damaged(f"more than {total} bytes in one JSON value; write one episode a line")
+        yield TooLarge(f"it is one JSON value of more than {total} bytes; write one episode a line")
         return
     for begin, end in _values(data):
         part = data[begin:end]
@@ -241,6 +268,8 @@ def _values(data: bytes) -> Iterator[tuple[int, int]]:
                     yield gap.start(), token.start()
                 begin = token.start()
             depth += 1
+            if depth > _TOO_DEEP:  # whatever follows: no parser takes it, and half a gigabyte of brackets takes minutes
+                break
         elif kind in b"}]":
             depth -= 1
             if depth == 0:

@@ -28,8 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from offline_lm.errors import UserError
-from offline_lm.logs._files import MAX_BYTES, TOTAL_BYTES, Damaged, Record
+from offline_lm.logs._files import MAX_BYTES, TOTAL_BYTES, Damaged, Record, open_file
 from offline_lm.logs._records import MAX_DEPTH, Bad
 
 GROUP_BYTES = TOTAL_BYTES
@@ -52,10 +51,13 @@ def is_parquet(path: Path) -> bool:
 
 def footer(path: Path) -> bytes:
     """The bytes of the footer, where column names stand as they are; empty if there is none or it is over 1 MB."""
-    with _open(path) as stream:
-        size = stream.seek(0, io.SEEK_END)
-        stream.seek(max(0, size - _FOOTER))
-        tail = stream.read(_FOOTER)
+    try:
+        with open_file(path) as stream:
+            size = stream.seek(0, io.SEEK_END)
+            stream.seek(max(0, size - _FOOTER))
+            tail = stream.read(_FOOTER)
+    except Damaged:
+        return b""
     if len(tail) < 12 or not tail.endswith(b"PAR1"):
         return b""
     length = int.from_bytes(tail[-8:-4], "little")
@@ -68,9 +70,13 @@ def rows(path: Path) -> Iterator[Item]:
     Not a number is what pandas writes for null, and read so. Bytes are replaced by their hash. A file that cannot be
     read further ends with a Damaged. Refused with ``too_large``: a row group by its footer, a row by its real size.
 
-    Raises UserError if the file cannot be opened.
     """
-    with _open(path) as stream, _on_disk(stream) as file:
+    try:
+        stream = open_file(path)
+    except Damaged as why:
+        yield why
+        return
+    with stream, _on_disk(stream) as file:
         command = [sys.executable, "-c", f"from {__name__} import serve; serve()"]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [*sys.path, os.getcwd()]))}
         child = subprocess.Popen(
@@ -85,13 +91,6 @@ def rows(path: Path) -> Iterator[Item]:
             child.stdout.close()
             child.kill()
             child.wait()
-
-
-def _open(path: Path) -> IO[bytes]:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise UserError(f"{path} cannot be opened: {error.strerror or error}") from None
 
 
 def _on_disk(stream: IO[bytes]) -> IO[bytes]:

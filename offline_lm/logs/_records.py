@@ -18,6 +18,9 @@ import orjson
 
 MAX_DEPTH = 64
 _SPACED_COLON = re.compile(rb'"[ \t\r\n]+:')
+_BOM = b"\xef\xbb\xbf"
+_UTF16 = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
+_PYTHON = re.compile(r"True\b|False\b|None\b|'|nan\b|inf\b|b'|array\(")
 _INT64 = 2**63
 
 
@@ -39,9 +42,13 @@ def parse(data: bytes, *, refuse_duplicates: bool = True) -> Any:
     Without `refuse_duplicates` the last of two equal keys is kept, and only the parser bounds the depth
     (1,024).
 
-    Raises Bad with one of the reasons invalid_utf8, json_truncated, json_number, lone_surrogate, too_deep,
-    json_syntax, duplicate_key.
+    A byte order mark before the value is left out.
+
+    Raises Bad with one of the reasons invalid_utf8, utf16, null_bytes, json_truncated, json_number, lone_surrogate,
+    too_deep, trailing_data, python_literal, control_character, bad_escape, json_syntax, duplicate_key.
     """
+    if data.startswith(_BOM):
+        data = data[len(_BOM) :]
     try:
         value = orjson.loads(data)
     except orjson.JSONDecodeError as error:
@@ -52,6 +59,9 @@ def parse(data: bytes, *, refuse_duplicates: bool = True) -> Any:
 
 
 def _why(data: bytes, error: orjson.JSONDecodeError) -> Bad:
+    head = data[:4]
+    if head.startswith(_UTF16) or (head.count(0) >= 2 and any(head)):
+        return Bad("utf16", "the text is UTF-16 or UTF-32; re-encode the file as UTF-8")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as decode:
@@ -66,6 +76,16 @@ def _why(data: bytes, error: orjson.JSONDecodeError) -> Bad:
         return Bad("json_number", f"a number that is not finite {where}; write null for what was not logged")
     if not text[error.pos :].strip():
         return Bad("json_truncated", f"the JSON ends too soon, {where}; was the file cut?")
+    if text[error.pos] == "\0":
+        return Bad("null_bytes", f"zero bytes {where}; a crash or a full disk leaves them: fetch the file again")
+    if "after document" in error.msg:
+        return Bad("trailing_data", f"a second value {where}; write one record a line, from one process at a time")
+    if _PYTHON.match(text, error.pos):
+        return Bad("python_literal", f"Python and not JSON {where}; write the record with json.dumps, not str")
+    if "control character" in error.msg:
+        return Bad("control_character", f"a raw control character {where}; write it as \\n, \\t or \\u00XX")
+    if "escape" in error.msg:
+        return Bad("bad_escape", f"an escape that JSON does not know {where}; double the backslash")
     return Bad("json_syntax", f"not JSON {where}: {error.msg}")
 
 
@@ -145,10 +165,11 @@ def _bool(value: Any, place: str) -> bool:
 
 
 def _int(value: Any, place: str) -> int:
+    fits = -_INT64 <= value < _INT64 if type(value) in (int, float) else True
+    if not fits:  # orjson reads an integer over 64 bits as a float
+        raise Bad("out_of_range", f"{place} does not fit into 64 bits")
     if type(value) is not int:
         raise _wrong(value, place, "an integer of at most 64 bits")
-    if not -_INT64 <= value < _INT64:
-        raise Bad("out_of_range", f"{place} does not fit into 64 bits")
     return value
 
 
@@ -168,7 +189,7 @@ def _time(value: Any, place: str) -> datetime:
         time = datetime.fromisoformat(value)
         return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
     except (ValueError, OverflowError):
-        raise Bad("bad_value", f"{place} is {value[:40]!r}; it must be {want}") from None
+        raise Bad("bad_time", f"{place} is {value[:40]!r}; it must be {want}") from None
 
 
 def _object(value: Any, place: str) -> dict[str, Any]:

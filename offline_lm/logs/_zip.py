@@ -9,6 +9,7 @@
 - ``zip_method``: a compression other than stored and deflate, whose readers cannot be bounded
 - ``zip_bomb``: entries that share bytes; and, while reading, more bytes or a greater ratio than a log has
 - ``too_large``: a directory or a member beyond the bounds
+- ``unreadable_file``: it cannot be opened
 - ``damaged_file``: anything that is no whole zip, or whose bytes do not match its checksum
 """
 
@@ -26,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from offline_lm.errors import UserError
+from offline_lm.logs._files import Damaged, open_file
 from offline_lm.logs._records import Bad
 
 MAX_MEMBER = 256 << 20
@@ -59,17 +60,13 @@ def _as_bad(name: str = "") -> Iterator[None]:
 
 
 class Archive:
-    """A zip file opened for bounded reading; use it as a context manager. See the module for what raises Bad.
-
-    Raises:
-        UserError: the file cannot be opened.
-    """
+    """A zip file opened for bounded reading; use it as a context manager. See the module for what raises Bad."""
 
     def __init__(self, path: Path) -> None:
         try:
-            self._stream: IO[bytes] = path.open("rb")
-        except OSError as error:
-            raise UserError(f"{path} cannot be opened: {error.strerror or error}") from None
+            self._stream: IO[bytes] = open_file(path)
+        except Damaged as why:
+            raise Bad(why.reason, f"{path.name}: {why}; mend it or fetch it again") from None
         try:
             _check_directory(self._stream)
             with _as_bad():

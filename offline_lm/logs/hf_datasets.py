@@ -22,7 +22,6 @@ from typing import IO, Any
 import orjson
 import pyarrow as pa
 
-from offline_lm.errors import UserError
 from offline_lm.logs import _exact, _files
 from offline_lm.logs._adapters import Sample, damaged, rejected
 from offline_lm.logs._files import MAX_BYTES, Damaged, Record
@@ -99,8 +98,8 @@ def _rows(file: Path) -> Iterator[pa.RecordBatch | Damaged]:
                 batch.validate(full=True)
                 for i in range(batch.num_rows):
                     yield batch.slice(i, 1)
-    except UserError as error:
-        yield Damaged(str(error))
+    except Damaged as error:
+        yield error
     except (OSError, UnicodeDecodeError, ValueError, pa.ArrowException) as error:
         yield Damaged(str(error).splitlines()[0] if str(error) else type(error).__name__)
 

@@ -83,10 +83,11 @@ def read(path: Path, *, start: int = 0, stop: int | None = None) -> Iterator[Epi
     `start` and `stop` are bytes of one file that is not compressed: only lines that begin there.
 
     Blank lines and a byte order mark are skipped. Offsets are bytes of the decompressed file; sha256 is of
-    the line without its end. A file cut inside its compression ends in a Rejected (``damaged_file``).
+    the line without its end. A file cut inside its compression ends in a Rejected (``damaged_file``); one that cannot
+    be opened, or holds no line, is a Rejected (``unreadable_file``, ``empty_file``).
 
     Raises:
-        UserError: a folder without such files, or a file that cannot be opened.
+        UserError: a folder without such files.
     """
     return chain.from_iterable(_read_file(file, start, stop) for file in find(path))
 
@@ -95,10 +96,12 @@ def _read_file(path: Path, start: int, stop: int | None) -> Iterator[Episode | R
     uri, dataset, end = str(path), path.name, 0
     for suffix in SUFFIXES:
         dataset = dataset.removesuffix(suffix)
+    empty = start == 0 and stop is None
     for line in lines(path, start=start, stop=stop):
         if isinstance(line, Damaged):
             yield damaged(SOURCE, path, line, end)
             return
+        empty = False
         end = line.offset + len(line.data) + 1
         try:
             if line.too_long:
@@ -106,6 +109,8 @@ def _read_file(path: Path, start: int, stop: int | None) -> Iterator[Episode | R
             yield _episode(parse(line.data), line, uri, dataset)
         except Bad as bad:
             yield rejected(SOURCE, path, bad, line.offset, line.data, line.sha256)
+    if empty:
+        yield rejected(SOURCE, path, Bad("empty_file", "the file holds no line; was it written to the end?"))
 
 
 # --- fields whose JSON form is freer than their type --------------------------------------------------------
@@ -126,7 +131,7 @@ def _candidates(value: Any, place: str) -> tuple[Candidate, ...]:
         _logprob(candidate.logprob, f"{here}.logprob")
         result.append(candidate)
     if sum(c.executed is True for c in result) > 1:
-        raise Bad("bad_value", f"{place} has more than one candidate with executed=true; keep one")
+        raise Bad("two_executed", f"{place} has more than one candidate with executed=true; keep one")
     return tuple(result)
 
 
@@ -146,7 +151,7 @@ def _messages(value: Any, place: str) -> str:
 
 def _logprob(value: float | None, place: str) -> None:
     if value is not None and value > 1e-6:
-        raise Bad("bad_value", f"{place} is {value}; the logarithm of a probability is at most 0")
+        raise Bad("logprob_above_zero", f"{place} is {value}; the logarithm of a probability is at most 0")
 
 
 _STEP: dict[str, Converter] = converters(
@@ -224,7 +229,7 @@ def _steps(value: dict[str, Any], offset: int) -> tuple[list[dict[str, Any]], di
     """(fields of each decision, fields of the final observation, whether a step had unknown keys)."""
     given = value.get("steps")
     if type(given) is not list:
-        raise Bad("missing_steps" if given is None else "wrong_type", "steps must be a list of objects")
+        raise Bad("missing_key" if given is None else "wrong_type", "steps must be a list of objects")
     steps: list[dict[str, Any]] = []
     odd = False
     for i, item in enumerate(given):
@@ -271,7 +276,7 @@ def _step(item: Any, place: str, offset: int) -> tuple[dict[str, Any], bool]:
         _logprob(logprob, f"{place}.response_logprobs[{i}]")
     for name in ("prompt_token_ids", "response_token_ids"):
         if any(token < 0 for token in step.get(name, ())):
-            raise Bad("bad_value", f"{place}.{name} holds a negative id; log the tokenizer's own ids")
+            raise Bad("negative_token_id", f"{place}.{name} holds a negative id; log the tokenizer's own ids")
     if unknown:
         step["extra"] = step.get("extra", {}) | unknown
     step.setdefault("source_offset", offset)
@@ -283,10 +288,13 @@ def _check_indices(steps: list[dict[str, Any]]) -> None:
     order."""
     first = steps[0].get("step", 0) if steps else 0
     for i, step in enumerate(steps):
-        index = step.pop("step", None)
-        if index is not None and index != first + i:
-            message = f"steps[{i}].step is {index}, not {first + i}; number the steps one by one, in order"
-            raise Bad("step_index", message)
+        index, want = step.pop("step", None), first + i
+        if index is None or index == want >= 0:
+            continue
+        if index < 0:
+            raise Bad("negative_step", f"steps[{i}].step is {index}; number the steps one by one, from 0")
+        message = f"steps[{i}].step is {index}, not {want}; number the steps one by one, in order"
+        raise Bad("missing_steps" if index > want else "duplicate_step" if index == want - 1 else "step_order", message)
 
 
 def _check_final(final: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ A dataset that `offline_lm.export` wrote holds every other column in ``infos`` (
 gives back the very episodes, source and identity included. Of other datasets ``infos`` go to the steps' ``extra``.
 
 Links to other files, virtual and external data sets are refused (``outside_file``): they would read what nobody named.
+A damaged file can send libhdf5 into a loop without end: read files of strangers in a process that may be stopped.
 """
 
 from __future__ import annotations

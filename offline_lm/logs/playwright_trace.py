@@ -32,7 +32,6 @@ from typing import Any
 
 import orjson
 
-from offline_lm.errors import UserError
 from offline_lm.logs import _files, _media
 from offline_lm.logs._adapters import Sample, call_text, need, numbered, rejected, take
 from offline_lm.logs._records import Bad, parse
@@ -65,7 +64,7 @@ def detect(sample: Sample) -> str | None:
     try:
         with Archive(sample.path) as archive:
             return "a zip with a .trace" if any(map(_TRACE.match, archive.names)) else None
-    except (Bad, UserError):
+    except Bad:
         return "a zip with a .trace" if b"trace.trace" in sample.head else None
 
 

@@ -11,6 +11,7 @@ from offline_lm.errors import UserError
 
 PLACEHOLDER = re.compile(r"\[redacted:([\w.-]+):(\d+)\]")
 _STARTS = re.compile(r"\(\?#starts ([^)]*)\)")
+_HOLDS = re.compile(r"\(\?#holds ([^)]*)\)")
 _SHORT, _FEW = 400, 4
 """Characters of a text, and words, up to which plain search is faster than the screen."""
 _HIDDEN = re.compile(
@@ -27,31 +28,36 @@ class Patterns:
     """Kind -> expression. The group that matched is the secret, or the whole match.
 
     A comment ``(?#starts a|b)`` says that every match begins with one of these texts, whatever their case: the
-    expression is then tried only there. One without it is searched for in every text.
+    expression is then tried only there. One without it is searched for in every text. ``(?#holds x)`` says that every
+    match holds this text, as it is written.
 
     Raises:
         UserError: an expression that does not compile or can match nothing at all, a kind that is no name.
     """
 
     def __init__(self, patterns: Mapping[str, str], words: Iterable[str] = ()) -> None:
-        self._patterns = [(kind, _compiled(kind, regex), _starts(kind, regex)) for kind, regex in patterns.items()]
-        self._anywhere = any(not starts for _, _, starts in self._patterns)
-        self._screen = _Screen({*words, *(word for _, _, starts in self._patterns for word in starts)})
+        self._patterns = [
+            (kind, _compiled(kind, regex), _starts(kind, regex), holds[1] if (holds := _HOLDS.search(regex)) else "")
+            for kind, regex in patterns.items()
+        ]
+        self._screen = _Screen({*words, *(word for _, _, starts, _ in self._patterns for word in starts)})
 
     def words(self, text: str) -> frozenset[str]:
         """The words, of those given and of the starts, that `text` may hold; no word is missed."""
         return self._screen(text)
 
-    def may_match(self, words: frozenset[str]) -> bool:
-        return self._anywhere or any(not words.isdisjoint(starts) for _, _, starts in self._patterns)
+    def may_match(self, text: str, words: frozenset[str]) -> bool:
+        return any(
+            holds in text and (not starts or not words.isdisjoint(starts)) for _, _, starts, holds in self._patterns
+        )
 
     def replace(self, text: str, words: frozenset[str], put: Callable[[str, str], str]) -> str:
         """`text` with each secret replaced by ``put(secret, kind)``; `words` are those of `text`, or of more."""
         here = words & self._screen(text) if len(text) > _SHORT and len(words) > _FEW else words
         marks: _Marks | None = None
         folded: str | None = None
-        for kind, pattern, starts in self._patterns:
-            if starts and here.isdisjoint(starts):
+        for kind, pattern, starts, holds in self._patterns:
+            if (starts and here.isdisjoint(starts)) or holds not in text:
                 continue
             if marks is None:
                 marks = _Marks(text)

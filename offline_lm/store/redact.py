@@ -96,17 +96,20 @@ class Redactor:
         if self._off:
             return text
         words = self._patterns.words(text)
-        return self._search(words, _Vault(self.counts, [text]))(text) if self._patterns.may_match(words) else text
+        if not self._patterns.may_match(text, words):
+            return text
+        return self._search(words, _Vault(self.counts, [text]))(text)
 
     def episode(self, episode: Episode) -> Episode:
         """`episode` without its secrets; the same object if it holds none."""
         if self._off:
             return episode
         texts = list(_texts(episode))
-        words = self._patterns.words("\n".join(texts))
+        everything = "\n".join(texts)
+        words = self._patterns.words(everything)
         named = not words.isdisjoint(_KEY_WORDS)
         may_type = not words.isdisjoint(_typed.WORDS)
-        if not (named or may_type or self._patterns.may_match(words)):
+        if not (named or may_type or self._patterns.may_match(everything, words)):
             return episode
         vault = _Vault(self.counts, texts)
         typed = list(_typed.passwords(episode)) if may_type else []
@@ -237,7 +240,7 @@ def _texts(value: Any, depth: int = 0) -> Iterator[str]:
     """Every text that an episode holds, names of keys included."""
     if type(value) is str:
         yield value
-        if "\\u00" in value:  # JSON may write any letter so
+        if "\\" in value and "\\u00" in value:  # JSON may write any letter so
             yield re.sub(r"\\u00([0-7][0-9a-fA-F])", lambda m: chr(int(m[1], 16)), value)
     elif depth > _DEEPEST:
         return
@@ -295,7 +298,9 @@ def _mapping(value: dict[Any, Any], change: Change, named: Callable[[Any], Any] 
     token = "logprob" in value or "token_id" in value  # a token of a language model
     for key, old in value.items():
         new_key = change(key) if type(key) is str else key
-        secret = type(key) is str and ((_is_secret(key) and not token) or (header and key == "value"))
+        secret = type(key) is str and (
+            (_is_secret(key) and not (token and key == "token")) or (header and key == "value")
+        )
         new = named(old) if secret and named is not None else _rewrite(old, change, named, depth + 1)
         if new is old or new == old:
             new = old

