@@ -14,7 +14,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import orjson
 import pyarrow as pa
@@ -27,6 +27,7 @@ TOTAL_BYTES = 512 << 20
 """Longest file of many records that is held whole (a JSON array; lines are streamed)."""
 EXCERPT = 200
 _CHUNK = 1 << 20
+_PIECE = 16 << 10
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -118,12 +119,14 @@ def open_log(path: Path) -> IO[bytes]:
 
     Raises Unreadable if the file cannot be opened.
     """
-    stream = open_file(path)
     if path.suffix == ".gz":
-        return io.BufferedReader(_Closing(stream), _CHUNK)
+        return io.BufferedReader(_Gzip(open_file(path)), _CHUNK)
     if path.suffix == ".zst":
-        return io.BufferedReader(pa.CompressedInputStream(stream, "zstd"), _CHUNK)  # type: ignore[arg-type]
-    return stream  # type: ignore[return-value]
+        return io.BufferedReader(_Zstd(path), _CHUNK)
+    stream = open_file(path)
+    if not isinstance(stream, io.BufferedReader):  # from an object store: its readline takes no limit
+        return io.BufferedReader(stream, _CHUNK)  # type: ignore[arg-type]
+    return stream
 
 
 def open_file(path: Path) -> IO[bytes]:
@@ -136,8 +139,8 @@ def open_file(path: Path) -> IO[bytes]:
         raise Unreadable(f"it cannot be opened: {error.strerror or error}") from None
 
 
-class _Closing(gzip.GzipFile):
-    """A GzipFile that closes the stream it reads from."""
+class _Gzip(gzip.GzipFile):
+    """A GzipFile that closes the stream it reads from, and gives what it has before it says that the rest is damaged."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         super().__init__(fileobj=stream, mode="rb")
@@ -146,6 +149,53 @@ class _Closing(gzip.GzipFile):
     def close(self) -> None:
         super().close()
         self._stream.close()
+
+    def readinto(
+        self, buffer: Any
+    ) -> int:  # GzipFile's own reads on until the buffer is full, and loses it if it fails
+        return self.readinto1(buffer)
+
+
+class _Zstd(io.RawIOBase):
+    """A zstd file, which also gives everything before the damage.
+
+    Arrow fills a request or fails, and what it had is gone. So on failure the file is read again up to there, and from
+    there byte by byte.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._at, self._piece = path, 0, _PIECE
+        self._open()
+
+    def _open(self) -> None:
+        self._file = open_file(self._path)
+        self._stream = pa.CompressedInputStream(self._file, "zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            data = self._stream.read(min(len(buffer), self._piece))
+        except OSError as error:
+            if self._piece == 1 or error.errno is not None:
+                raise
+            self._again()
+            return self.readinto(buffer)
+        self._at += len(data)
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _again(self) -> None:
+        self._file.close()
+        self._open()
+        left, self._piece = self._at, 1
+        while left:
+            left -= len(self._stream.read(min(left, _PIECE)))
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _read(stream: IO[bytes], path: Path, size: int, *, line: bool) -> bytes:

@@ -165,8 +165,8 @@ def _bool(value: Any, place: str) -> bool:
 
 
 def _int(value: Any, place: str) -> int:
-    fits = -_INT64 <= value < _INT64 if type(value) in (int, float) else True
-    if not fits:  # orjson reads an integer over 64 bits as a float
+    long = type(value) is float and abs(value) >= _INT64  # how orjson reads an integer over 64 bits
+    if long or (type(value) is int and not -_INT64 <= value < _INT64):
         raise Bad("out_of_range", f"{place} does not fit into 64 bits")
     if type(value) is not int:
         raise _wrong(value, place, "an integer of at most 64 bits")

@@ -35,8 +35,8 @@ def connect_store(store: Store) -> duckdb.DuckDBPyConnection:
     try:
         db.execute("SET parquet_metadata_cache = true; SET enable_progress_bar = false; SET TimeZone = 'UTC'")
         with explained(store):
-            for table in schema.TABLES:
-                db.execute(f"CREATE VIEW {_stored(table)} AS {_select(store, table)}")
+            for table, paths in _files(db, store).items():
+                db.execute(f"CREATE VIEW {_stored(table)} AS {_select(table, paths)}")
             sql = files("offline_lm.store")
             db.execute(sql.joinpath("views.sql").read_text(encoding="utf-8"))
             db.execute(sql.joinpath("macros.sql").read_text(encoding="utf-8"))
@@ -44,6 +44,19 @@ def connect_store(store: Store) -> duckdb.DuckDBPyConnection:
         db.close()
         raise
     return db
+
+
+def _files(db: duckdb.DuckDBPyConnection, store: Store) -> dict[str, list[str]]:
+    """The files of every table; ``db`` is given the means to read those of an object store."""
+    if store.is_local:
+        return {table: store.files(table) for table in schema.TABLES}
+    try:
+        from offline_lm.store._remote import ObjectStore
+    except ModuleNotFoundError:
+        raise UserError(f"store={store.url} needs `pip install 'offline_lm[s3]'`") from None
+    sizes = {table: store.sizes(table) for table in schema.TABLES}
+    db.register_filesystem(ObjectStore(store.url, {file: n for files in sizes.values() for file, n in files.items()}))
+    return {table: list(files) for table, files in sizes.items()}
 
 
 @contextmanager
@@ -77,7 +90,7 @@ def _stored(table: str) -> str:
     return f"stored_{table}"
 
 
-def _select(store: Store, table: str) -> str:
+def _select(table: str, paths: list[str]) -> str:
     """Rows of the files after an empty relation with every column, so that absent columns are null.
 
     Times become plain TIMESTAMP in UTC: DuckDB's TIMESTAMPTZ cannot come to Python without pytz, and would
@@ -86,7 +99,7 @@ def _select(store: Store, table: str) -> str:
     names = {field.name: duckdb_type(field.type) for field in schema.TABLES[table]}
     empty = ", ".join(f'NULL::{kind} AS "{name}"' for name, kind in names.items())
     sql = f"SELECT {empty} WHERE false"
-    if paths := store.files(table):
+    if paths:
         listed = ", ".join("'" + path.replace("'", "''") + "'" for path in paths)
         sql += f" UNION ALL BY NAME SELECT * FROM read_parquet([{listed}], union_by_name = true)"
     times = [name for name, kind in names.items() if kind == "TIMESTAMPTZ"]

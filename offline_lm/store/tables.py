@@ -164,6 +164,14 @@ class Store:
             return []
         return self._uris(table, self.delta(table, self.pinned.get(table)))
 
+    def sizes(self, table: str) -> dict[str, int]:
+        """Bytes of each of the `files` of ``table``."""
+        if not self.exists(table):
+            return {}
+        rows = pa.table(self.delta(table, self.pinned.get(table)).get_add_actions(flatten=True))
+        files = [f"{self.table_url(table)}/{path}" for path in rows["path"].to_pylist()]
+        return dict(zip(files, rows["size_bytes"].to_pylist(), strict=True))
+
     def read_file(self, table: str, file: str, columns: list[str]) -> pa.Table:
         """Columns of one of the `files` of ``table``; those that it lacks, being older, are absent."""
         with commits.filesystem(self.table_url(table)).open_input_file(file.rsplit("/", 1)[1]) as stream:

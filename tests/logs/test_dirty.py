@@ -27,7 +27,6 @@ import pytest
 import offline_lm
 from offline_lm import logs
 from offline_lm.errors import UserError
-from offline_lm.logs import jsonl
 from offline_lm.logs._reasons import REASONS
 from offline_lm.store import Store
 from offline_lm.store.ingest import add
@@ -53,7 +52,12 @@ def numbered(*indices: Any) -> JSON:
 
 def exact(*steps: JSON, **keys: Any) -> JSON:
     """As an export of a store writes it: taken as it stands, so that only the store's own checks look at it."""
-    return {"exact": True, "source": "made", "native_id": "1", "steps": list(steps)} | keys
+    return {
+        "exact": True,
+        "source": "made",
+        "native_id": "1",
+        "steps": [{"source_offset": 7} | s for s in steps],
+    } | keys
 
 
 def nested(depth: int) -> bytes:
@@ -226,7 +230,16 @@ LINES: dict[str, tuple[bytes | Any, str]] = {
     "messages an object": (episode({"messages": {"role": "user"}, "action": "a"}), "wrong_type"),
     "message without role": (episode({"messages": [{}], "action": "a"}), "wrong_type"),
     "messages as text that is cut": (episode({"messages": '[{"role"', "action": "a"}), "json_truncated"),
-    # what only the store sees: exports, which are taken as they stand, and structs inside columns
+    "export with another key": (exact({"step": 0, "colour": "red"} | STEP), "unknown_key"),
+    "export without its source": ({"exact": True, "steps": [{"step": 0} | STEP]}, "missing_key"),
+    # what only the store sees
+    "temperature in words": (episode(sampling={"temperature": "hot"}), "bad_type"),
+    "temperature true": (episode(sampling={"temperature": True}), "bad_type"),
+    "sampling seed of 2^63": (episode(sampling={"seed": 2**63}), "int_range"),
+}
+"""(the line, its reason); the line stands between two good ones."""
+
+EXPORTS: dict[str, tuple[JSON, str]] = {
     "export without steps": (exact(), "no_steps"),
     "export with a step without action": (exact({"step": 0, "observation": "o"}), "no_action"),
     "export with a step without observation": (exact({"step": 0, "action": "a"}), "no_observation"),
@@ -240,17 +253,12 @@ LINES: dict[str, tuple[bytes | Any, str]] = {
         exact({"step": 0} | STEP, {"step": 1, "is_final_observation": True} | STEP),
         "final_observation",
     ),
-    "export with another key": (exact({"step": 0, "colour": "red"} | STEP), "unknown_key"),
-    "export without its source": ({"exact": True, "steps": [{"step": 0} | STEP]}, "missing_key"),
-    "temperature in words": (episode(sampling={"temperature": "hot"}), "bad_type"),
-    "temperature true": (episode(sampling={"temperature": True}), "bad_type"),
-    "sampling seed of 2^63": (episode(sampling={"seed": 2**63}), "int_range"),
 }
-"""(the line, its reason); the line stands between two good ones."""
+"""Lines of an export, which name the file and place that the episode once came from: a refusal names these."""
 
 ACCEPTED: dict[str, tuple[bytes | Any, JSON]] = {
-    "unknown keys": (episode(colour="red"), {"quality_flags": ["unknown_keys"], "extra": '{"colour":"red"}'}),
-    "n_steps differs": (episode(n_steps=7), {"n_steps": 1, "quality_flags": ["n_steps_differs"]}),
+    "unknown keys": (episode(goal="c", colour="red"), {"quality_flags": ["unknown_keys"], "extra": '{"colour":"red"}'}),
+    "n_steps differs": (episode(goal="n", n_steps=7), {"n_steps": 1, "quality_flags": ["n_steps_differs"]}),
     "success without reward": (
         episode(STEP | {"reward": 0.0}, STEP | {"reward": 0.0}),
         {"quality_flags": ["success_without_reward"], "outcome_reward": 0.0},
@@ -264,18 +272,23 @@ ACCEPTED: dict[str, tuple[bytes | Any, JSON]] = {
         episode(terminated=True, end_reason="step_limit"),
         {"quality_flags": ["limit_marked_terminated"]},
     ),
-    "null where nothing was logged": (episode(goal=None, seed=None, labels=None), {"goal": None, "seed": None}),
+    "null where nothing was logged": (episode(goal=None, seed=None, trial=1), {"goal": None, "seed": None}),
     "escaped null": (episode(goal="a\x00b"), {"goal": "a\x00b"}),
-    "a whole surrogate pair": (rb'{"goal":"\ud83d\ude00","success":true,"steps":[{"observation":"o","action":"a"}]}',
-                               {"goal": "\U0001f600"}),  # fmt: skip
+    "a whole surrogate pair": (
+        rb'{"goal":"\ud83d\ude00","success":true,"steps":[{"observation":"o","action":"a"}]}',
+        {"goal": "\U0001f600"},
+    ),
     "a byte order mark within the file": (b"\xef\xbb\xbf" + json.dumps(episode(goal="bom")).encode(), {"goal": "bom"}),
     "64 levels": (episode(extra=json.loads('{"a":' * 62 + "1" + "}" * 62)), {"success": True}),
     "a text that looks like duplicate keys": (episode(goal='{"a": 1, "a": 2}'), {"goal": '{"a": 1, "a": 2}'}),
     "seed of 2^63-1": (episode(seed=2**63 - 1), {"seed": 2**63 - 1}),
-    "mixed types in extra": (episode(extra={"a": [1, "1", None, {"b": True}]}), {"success": True}),
+    "mixed types in extra": (episode(goal="x", extra={"a": [1, "1", None, {"b": True}]}), {"success": True}),
     "blanks around the record": (b"  " + json.dumps(episode(goal="blank")).encode() + b" \t", {"goal": "blank"}),
 }
 """(the line, columns of its row): odd, but nothing is lost or guessed, so it is stored."""
+
+
+REFUSED = {**LINES, **EXPORTS}
 
 
 def to_bytes(line: bytes | Any) -> bytes:
@@ -303,8 +316,8 @@ def ingest(store: Path, records: Iterator[Episode | Rejected]) -> Ingested:
     made = Store.create(store)
     counts = add(made, records)
     with made.connect() as db:
-        quarantine = db.execute("SELECT * FROM quarantine ORDER BY uri, source_offset").to_arrow_table().to_pylist()
-        episodes = db.execute("SELECT * FROM episodes").to_arrow_table().to_pylist()
+        quarantine = db.sql("SELECT * FROM quarantine ORDER BY uri, source_offset").to_arrow_table().to_pylist()
+        episodes = db.sql("SELECT * FROM episodes").to_arrow_table().to_pylist()
     result = Ingested(store.parent, counts, {}, {})
     for row in quarantine:
         result.quarantine.setdefault(row["uri"], []).append(row)
@@ -317,7 +330,9 @@ def ingest(store: Path, records: Iterator[Episode | Rejected]) -> Ingested:
 def lines(tmp_path_factory) -> Ingested:
     folder = tmp_path_factory.mktemp("dirty")
     (folder / "logs").mkdir()
-    for name, (line, _) in {**LINES, **ACCEPTED}.items():
+    for name, (line, _) in {**REFUSED, **ACCEPTED}.items():
+        if name in EXPORTS:
+            line = line | {"uri": f"s3://then/{name}", "sha256": "ab" * 32}
         parts = (good(name, "before"), to_bytes(line) + b"\n", good(name, "after"))
         (folder / "logs" / f"{slug(name)}.jsonl").write_bytes(b"".join(parts))
     return ingest(folder / "store", logs.read("jsonl", folder / "logs"))
@@ -327,12 +342,20 @@ def lines(tmp_path_factory) -> Ingested:
 def test_a_line(lines, name):
     line, reason = to_bytes(LINES[name][0]), LINES[name][1]
     uri = str(lines.folder / "logs" / f"{slug(name)}.jsonl")
-    # An export that the store refuses brings the provenance that it says it has, which here is none.
-    (row,) = lines.quarantine[uri] if uri in lines.quarantine else lines.quarantine["(no file)"]
+    (row,) = lines.quarantine[uri]
     assert row["reason"] == reason
     assert row["message"]
     assert (row["source_offset"], row["sha256"]) == (len(good(name, "before")), hashlib.sha256(line).hexdigest())
     assert len(row["excerpt"]) <= 200
+    assert {e["task_id"] for e in lines.episodes[uri]} == {"before", "after"}
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_a_line_of_an_export(lines, name):
+    (row,) = lines.quarantine[f"s3://then/{name}"]
+    at = 7 if EXPORTS[name][0]["steps"] else 0
+    assert (row["reason"], row["source_offset"], row["sha256"]) == (EXPORTS[name][1], at, "ab" * 32)
+    uri = str(lines.folder / "logs" / f"{slug(name)}.jsonl")
     assert {e["task_id"] for e in lines.episodes[uri]} == {"before", "after"}
 
 
@@ -346,7 +369,333 @@ def test_an_odd_line_that_is_stored(lines, name):
 
 
 def test_the_counts_of_all_lines(lines):
-    assert lines.counts["read"] == 3 * (len(LINES) + len(ACCEPTED))
-    assert lines.counts["accepted"] == 2 * len(LINES) + 3 * len(ACCEPTED)
-    assert lines.counts["quarantined"] == len(LINES)
-    assert lines.counts["by_reason"] == Counter(reason for _, reason in LINES.values())
+    assert lines.counts["read"] == 3 * (len(REFUSED) + len(ACCEPTED))
+    assert lines.counts["accepted"] == 2 * len(REFUSED) + 3 * len(ACCEPTED)
+    assert lines.counts["quarantined"] == len(REFUSED)
+    assert lines.counts["by_reason"] == Counter(reason for _, reason in REFUSED.values())
+
+
+# --- whole files --------------------------------------------------------------------------------------------
+
+A, B = good("file", "before"), good("file", "after")
+MANY = b"".join(good("file", str(i)) for i in range(2000))
+
+
+def zst(data: bytes) -> bytes:
+    return pa.compress(data, codec="zstd", asbytes=True)
+
+
+FILES: dict[str, tuple[str, bytes, list[tuple[int, str]], int | None]] = {
+    "empty file": ("a.jsonl", b"", [(0, "empty_file")], 0),
+    "white space only": ("a.jsonl", b" \n\t\r\n\n", [(0, "empty_file")], 0),
+    "byte order mark only": ("a.jsonl", b"\xef\xbb\xbf", [(0, "empty_file")], 0),
+    "no newline at the end": ("a.jsonl", A + B[:-1], [], 2),
+    "cut in the last line": ("a.jsonl", A + B[:-9], [(len(A), "json_truncated")], 1),
+    "Windows line ends": ("a.jsonl", A.replace(b"\n", b"\r\n") + b"{\r\n" + B, [(len(A) + 1, "json_truncated")], 2),
+    "old Macintosh line ends": ("a.jsonl", A.replace(b"\n", b"\r") + B, [(0, "trailing_data")], 0),
+    "byte order mark": ("a.jsonl", b"\xef\xbb\xbf" + A + B, [], 2),
+    "UTF-16 file": (
+        "a.jsonl",
+        (A + B).decode().encode("utf-16"),
+        [(0, "utf16"), (2 * len(A) + 1, "utf16"), (2 * len(A + B) + 1, "null_bytes")],
+        0,
+    ),
+    "one array over many lines": (
+        "a.jsonl",
+        b"[\n" + A[:-1] + b",\n" + B + b"]\n",
+        [(0, "json_truncated"), (2, "trailing_data"), (2 + len(A + B) + 1, "json_syntax")],
+        1,
+    ),
+    "gz empty": ("a.jsonl.gz", gzip.compress(b""), [(0, "empty_file")], 0),
+    "gz of no bytes": ("a.jsonl.gz", b"", [(0, "empty_file")], 0),
+    "gz garbled from the start": ("a.jsonl.gz", b"not gzip at all", [(0, "damaged_file")], 0),
+    "gz that is plain text": ("a.jsonl.gz", A + B, [(0, "damaged_file")], 0),
+    "gz cut": ("a.jsonl.gz", gzip.compress(MANY)[:-2000], [(-1, "damaged_file")], None),
+    "gz without its checksum": ("a.jsonl.gz", gzip.compress(A + B)[:-8], [(len(A + B), "damaged_file")], 2),
+    "gz with a wrong checksum": ("a.jsonl.gz", gzip.compress(A + B)[:-8] + bytes(8), [(len(A + B), "damaged_file")], 2),
+    "gz with garbage behind": ("a.jsonl.gz", gzip.compress(A + B) + b"garbage", [(len(A + B), "damaged_file")], 2),
+    "gz with zeros behind": ("a.jsonl.gz", gzip.compress(A + B) + bytes(512), [], 2),
+    "gz of two members": ("a.jsonl.gz", gzip.compress(A) + gzip.compress(B), [], 2),
+    "gz members that split a line": ("a.jsonl.gz", gzip.compress(A + B[:9]) + gzip.compress(B[9:]), [], 2),
+    "gz whose second member is cut": (
+        "a.jsonl.gz",
+        gzip.compress(A) + gzip.compress(B)[:-12],
+        [(len(A), "damaged_file")],
+        1,
+    ),
+    "zst garbled from the start": ("a.jsonl.zst", b"no zstd at all", [(0, "damaged_file")], 0),
+    "zst cut": ("a.jsonl.zst", zst(MANY)[:-300], [(-1, "damaged_file")], None),
+    "zst of two frames": ("a.jsonl.zst", zst(A) + zst(B), [], 2),
+    "zst garbled inside": ("a.jsonl.zst", zst(A) + b"garbage" + zst(B), [(len(A), "damaged_file")], 1),
+}
+"""(name, bytes, (offset, reason) of what is refused, episodes stored); -1 and None: wherever it broke."""
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file(tmp_path, name):
+    file, data, refused, stored = FILES[name]
+    path = tmp_path / "logs" / file
+    path.parent.mkdir()
+    path.write_bytes(data)
+    got = ingest(tmp_path / "store", logs.read("jsonl", path))
+    rows = got.quarantine.get(str(path), [])
+    assert [row["reason"] for row in rows] == [reason for _, reason in refused]
+    assert all(row["source_offset"] == at for row, (at, _) in zip(rows, refused, strict=True) if at >= 0)
+    assert stored is None or got.counts["accepted"] == stored
+    assert got.counts["read"] == got.counts["accepted"] + got.counts["quarantined"]
+    if stored is None:
+        assert 0 < got.counts["accepted"] < 2000
+
+
+NO_FILES: dict[str, Callable[[Path], object]] = {
+    "a pipe": os.mkfifo,
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a link to nothing": lambda path: path.symlink_to("gone.jsonl"),
+    "a link to a pipe": lambda path: (os.mkfifo(path.with_suffix("")), path.symlink_to(path.stem)),
+    "a socket": lambda path: _socket(path),
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+def _socket(path: Path) -> None:
+    import socket
+
+    here = os.getcwd()
+    os.chdir(path.parent)  # the path of a socket is at most 107 bytes long
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(path.name)
+    os.chdir(here)
+
+
+@pytest.mark.parametrize("source", [*logs.sources(), "auto"])
+@pytest.mark.parametrize("name", NO_FILES)
+def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path, name, source):
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    for suffix in (".jsonl", ".json", ".zip", ".parquet", ".txt", ".traj", ".log", ".html", ".pt"):
+        NO_FILES[name](folder / f"x{len(list(folder.iterdir()))}{suffix}")
+    (folder / "good.jsonl").write_bytes(A)
+    try:
+        records = list(logs.read(source, folder))
+    except UserError:  # the format finds nothing of its own
+        return
+    reasons = {r.reason for r in records if isinstance(r, Rejected) and r.uri != str(folder / "good.jsonl")}
+    assert reasons <= {"unreadable_file", "damaged_file", "pickle_refused"}
+    if source in ("jsonl", "auto"):
+        assert [r.goal for r in records if isinstance(r, Episode)] == ["good file"]
+        assert any(isinstance(r, Rejected) for r in records)
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(A)
+    (tmp_path / "b.jsonl").write_bytes(B)
+    opened = Path.open
+
+    def refuse(path, *args, **kwargs):
+        if path.name == "a.jsonl":
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    refused, read = logs.read("jsonl", tmp_path)
+    assert isinstance(refused, Rejected)
+    assert (refused.reason, refused.uri) == ("unreadable_file", str(tmp_path / "a.jsonl"))
+    assert "Permission denied" in refused.message
+    assert isinstance(read, Episode)
+
+
+def test_a_folder_named_as_a_file(tmp_path):
+    (tmp_path / "logs" / "x.jsonl").mkdir(parents=True)
+    (tmp_path / "logs" / "x.jsonl" / "in.jsonl").write_bytes(A)
+    (tmp_path / "logs" / "y.jsonl").mkdir()
+    (tmp_path / "logs" / "z.jsonl").write_bytes(B)
+    got = ingest(tmp_path / "store", logs.read("jsonl", tmp_path / "logs"))
+    assert (got.counts["accepted"], got.counts["quarantined"]) == (2, 0)
+
+
+def test_folders_that_hold_each_other(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "back").symlink_to(tmp_path)
+    (tmp_path / "a" / "log.jsonl").write_bytes(A)
+    assert len(list(logs.read("jsonl", tmp_path))) == 1
+    assert len(list(logs.read("auto", tmp_path))) == 1
+
+
+# --- Parquet, and what only a store can refuse --------------------------------------------------------------
+
+TALK = [{"role": "user", "content": "Buy"}, {"role": "assistant", "content": "ok"}]
+
+
+def parquet(path: Path) -> bytes:
+    pq.write_table(pa.Table.from_pylist([{"id": str(i), "messages": TALK, "reward": 1.0} for i in range(50)]), path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "mend"),
+    [
+        ("cut", lambda data: data[:-100]),
+        ("of no bytes", lambda data: b""),
+        ("without its end", lambda data: data[:-4]),
+        ("a footer length beyond the file", lambda data: data[:-8] + b"\xff\xff\xff\x7f" + data[-4:]),
+        ("garbled pages", lambda data: data[:4] + bytes(200) + data[204:]),
+        ("a garbled footer", lambda data: data[:-300] + bytes(100) + data[-200:]),
+        ("another format", lambda data: b"PK\x03\x04" + data),
+    ],
+)
+def test_a_torn_parquet_file(tmp_path, name, mend):
+    path = tmp_path / "logs" / "a.parquet"
+    path.parent.mkdir()
+    path.write_bytes(mend(parquet(path)))
+    got = ingest(tmp_path / "store", logs.read("chat", path))
+    assert set(got.counts["by_reason"]) <= {"damaged_file", "empty_file"}
+    assert got.counts["quarantined"] >= 1 or name == "another format"
+
+
+def test_the_same_record_twice_is_one_and_an_id_with_other_content_is_refused(tmp_path):
+    lines_ = [episode(episode_id="1", goal="a"), episode(episode_id="1", goal="a"), episode(episode_id="1", goal="b")]
+    path = tmp_path / "logs" / "a.jsonl"
+    path.parent.mkdir()
+    path.write_bytes(b"".join(to_bytes(line) + b"\n" for line in lines_))
+    got = ingest(tmp_path / "store", logs.read("jsonl", path))
+    assert (got.counts["accepted"], got.counts["duplicates"], got.counts["quarantined"]) == (1, 1, 1)
+    (row,) = got.quarantine[str(path)]
+    assert (row["reason"], row["sha256"]) == ("id_conflict", hashlib.sha256(to_bytes(lines_[2])).hexdigest())
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        ({"reward": float("nan")}, "non_finite"),
+        ({"progress": float("inf")}, "non_finite"),
+        ({"observation": "\ud800"}, "lone_surrogate"),
+        ({"observation": b"bytes"}, "bad_type"),
+        ({"reward": 10**400}, "int_range"),
+        ({"source_offset": 2**70}, "int_range"),
+        ({"action_args": {"a": object()}}, "bad_type"),
+        ({"step": "0"}, "step_order"),
+    ],
+)
+def test_an_episode_that_no_adapter_should_make(tmp_path, step, reason):
+    bad = Episode(source="x", native_id="1", uri="u", sha256="ab", steps=(Step(**{"step": 0} | STEP | step),))
+    fine = Episode(source="x", native_id="2", uri="u", steps=(Step(step=0, observation="o", action="a"),))
+    got = ingest(tmp_path / "store", iter((bad, fine)))
+    assert (got.counts["by_reason"], got.counts["accepted"]) == ({reason: 1}, 1)
+    (row,) = got.quarantine["u"]
+    assert (row["reason"], row["sha256"]) == (reason, "ab")
+
+
+def test_excerpts_hold_no_secret_and_only_what_can_be_printed(tmp_path):
+    key = "sk-" + "Ab1" * 16
+    path = tmp_path / "logs" / "a.jsonl"
+    path.parent.mkdir()
+    path.write_bytes(b'{"goal": "Authorization: Bearer ' + key.encode() + b'", \x1b[31m\xff\n')
+    got = ingest(tmp_path / "store", logs.read("jsonl", path))
+    (row,) = got.quarantine[str(path)]
+    assert key not in str(row)
+    assert row["excerpt"].startswith('{"goal": "Authorization')
+    assert row["excerpt"].isprintable()
+
+
+# --- what must stay small -----------------------------------------------------------------------------------
+
+_MEASURE = """
+import resource, sys
+from pathlib import Path
+from offline_lm import logs
+from offline_lm.store import Store
+from offline_lm.store.ingest import add
+
+counts = add(Store.create(Path(sys.argv[1])), logs.read(sys.argv[2], Path(sys.argv[3])))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1 << 20)
+print(counts["accepted"], *counts["by_reason"], round(peak))
+"""
+
+
+def _one_long_line() -> bytes:
+    return to_bytes(episode({"observation": "y" * (65 << 20), "action": "a"})) + b"\n" + A
+
+
+def _a_long_page() -> bytes:
+    page = "".join(f"[{i}] link 'Item {i}' price ${i}.99\n" for i in range(200_000))
+    return to_bytes(episode({"observation": (page * 10)[: 50 << 20], "action": "a"}, goal="long")) + b"\n" + A
+
+
+def _wide_parquet() -> bytes:
+    """A few kilobytes that stand for a row of a gigabyte: a million references to one text."""
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 1_000_000, pa.int32()), [TALK[0]["content"] * 400])
+    row = pa.ListArray.from_arrays([0, 1_000_000], column)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"messages": row}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+BIG: dict[str, tuple[str, str, Callable[[], bytes], str]] = {
+    "a line of 65 MB": ("jsonl", "a.jsonl", _one_long_line, "1 too_large"),
+    "a page of 50 MB": ("jsonl", "a.jsonl", _a_long_page, "2"),
+    "a gz of 1 GB of zeros": ("jsonl", "a.jsonl.gz", lambda: gzip.compress(bytes(16 << 20)) * 64, "0 too_large"),
+    "a zst of 1 GB of zeros": ("jsonl", "a.jsonl.zst", lambda: zst(bytes(16 << 20)) * 64, "0 too_large"),
+    "a gz of 640 MB that is one value": (
+        "chat",
+        "a.json.gz",
+        lambda: gzip.compress(bytes(16 << 20)) * 40,
+        "0 too_large",
+    ),
+    "a gz of 256 MB of brackets": ("adp", "a.json.gz", lambda: gzip.compress(b"[" * (16 << 20)) * 16, "0 too_large"),
+    "a Parquet row of 1 GB": ("chat", "a.parquet", _wide_parquet, "0 too_large"),
+}
+
+
+@pytest.mark.parametrize("name", BIG)
+def test_memory_stays_bounded(tmp_path, name):
+    source, file, data, told = BIG[name]
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / file).write_bytes(data())
+    command = [sys.executable, "-c", _MEASURE, str(tmp_path / "store"), source, str(tmp_path / "logs")]
+    made = subprocess.run(command, capture_output=True, text=True, check=True)
+    counts, peak = made.stdout.strip().rsplit(" ", 1)
+    assert counts == told
+    assert int(peak) < 1500
+
+
+# --- the catalogue ------------------------------------------------------------------------------------------
+
+
+def _is_reason(assigned: ast.Assign) -> bool:
+    return [getattr(target, "id", None) for target in assigned.targets] == ["reason"]
+
+
+def _codes(file: Path) -> Iterator[str]:
+    """Every reason code that a module raises or returns."""
+
+    def texts(node: ast.expr | None) -> Iterator[str]:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.IfExp):
+            yield from (*texts(node.body), *texts(node.orelse))
+
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ClassDef):  # the kinds of Damaged
+            yield from (t for a in node.body if isinstance(a, ast.Assign) and _is_reason(a) for t in texts(a.value))
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "id", None)
+            given = {k.arg: k.value for k in node.keywords}
+            if name in ("Bad", "Invalid"):
+                yield from texts(given.get("reason", node.args[0] if node.args else None))
+            elif name == "Rejected":
+                yield from texts(given.get("reason"))
+            elif name == "_refused" and len(node.args) == 3:
+                yield from texts(node.args[1])
+
+
+def test_every_code_is_in_the_catalogue_and_no_other():
+    package = Path(offline_lm.__file__).parent
+    files = [*(package / "logs").glob("*.py"), package / "store" / "rows.py", package / "store" / "ingest.py"]
+    raised = {code for file in files for code in _codes(file)}
+    assert raised == set(REASONS)
+    assert all(code == code.lower() and code.replace("_", "").isalnum() for code in REASONS)
+    assert all(told.endswith(".") and "\n" not in told and 20 < len(told) <= 120 for told in REASONS.values())
+
+
+def test_there_are_enough_classes():
+    assert len(REFUSED) + len(FILES) + len(NO_FILES) + len(BIG) >= 60
