@@ -1,4 +1,4 @@
-"""What a task of Ray or Daft does: one part of a log to chunks. Job, parts and results travel pickled.
+"""What a task of Ray or Daft does: a bundle of parts of a log to chunks. Bundles and results travel pickled.
 
 Only what these engines carry between our own processes is unpickled here, never anything of a log.
 """
@@ -12,23 +12,23 @@ from offline_lm.errors import UserError
 from offline_lm.interop.processes import Done, Job, sized
 
 
-def parts(job: Job) -> list[bytes]:
-    """The parts of the log, one for each task."""
-    return [pickle.dumps(part) for part in job.parts()]
+def tasks(job: Job) -> list[bytes]:
+    """The bundles of the log, one for each task."""
+    return [pickle.dumps(bundle) for bundle in job.bundles()]
 
 
-def read(job: Job, part: bytes) -> Iterator[bytes]:
-    """The task: the results of one part, for `result`."""
-    given = pickle.loads(part)
+def work(job: Job, task: bytes) -> Iterator[bytes]:
+    """A task: its results, for `result`."""
+    bundle = pickle.loads(task)
     try:
-        for done in sized(job.chunks(given), given):
+        for done in sized(job.chunks(bundle), bundle):
             yield pickle.dumps(done, protocol=5)
     except UserError as error:  # an engine would bury the sentence in its own traceback
         yield pickle.dumps(error)
 
 
 def result(data: bytes) -> Done:
-    """What `read` sent. Raises the UserError that it met."""
+    """What `work` sent. Raises the UserError that it met."""
     done = pickle.loads(data)
     if isinstance(done, UserError):
         raise done

@@ -20,14 +20,14 @@ except ImportError as error:
 
 
 class Reader:
-    """What each of Daft's workers holds; see `_tasks.read`."""
+    """What each of Daft's processes holds; see `_tasks.work`."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
 
     @daft.method(return_dtype=daft.DataType.binary())
-    def __call__(self, part: bytes) -> Iterator[bytes]:
-        yield from _tasks.read(self.job, part)
+    def __call__(self, task: bytes) -> Iterator[bytes]:
+        yield from _tasks.work(self.job, task)
 
 
 def run(job: Job, workers: int) -> Iterator[Done]:
@@ -37,7 +37,7 @@ def run(job: Job, workers: int) -> Iterator[Done]:
         UserError: as reading does.
     """
     reader = daft.cls(Reader, max_concurrency=workers, use_process=True)(job)
-    parts = daft.from_pydict({"part": _tasks.parts(job)}).into_batches(1)
-    results = parts.select(reader(daft.col("part")).alias("done"))
+    tasks = daft.from_pydict({"task": _tasks.tasks(job)}).into_batches(1)
+    results = tasks.select(reader(daft.col("task")).alias("done"))
     for row in results.iter_rows(results_buffer_size=1):
         yield _tasks.result(row["done"])

@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +26,17 @@ from offline_lm.store.media import Media
 from offline_lm.store.redact import Redactor
 from offline_lm.types import Episode, Rejected
 
+BUNDLE_BYTES = 8 << 20
+BUNDLE_PARTS = 256
 AHEAD = 4
-"""Parts that are handed to each worker before the oldest is done, and chunks that wait in each: what bounds memory."""
+"""Bundles that are handed to each worker before the oldest is done, and chunks that wait in each: what bounds memory."""
+
+
+class Bundle(NamedTuple):
+    """Parts of a log that are read by one worker, one after the other."""
+
+    parts: tuple[logs.Part | Rejected, ...]
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +53,25 @@ class Job:
     """for `Redactor`; None redacts nothing"""
     keep_media: bool = True
 
-    def parts(self) -> Iterator[logs.Part | Rejected]:
-        return logs.parts(self.source, self.path)
+    def bundles(self) -> Iterator[Bundle]:
+        """The parts of the log in order, small ones together: a part by itself is often one episode."""
+        bundle: list[logs.Part | Rejected] = []
+        size = 0
+        for part in logs.parts(self.source, self.path):
+            bundle.append(part)
+            size += part.size if isinstance(part, logs.Part) else 0
+            if size >= BUNDLE_BYTES or len(bundle) >= BUNDLE_PARTS:
+                yield Bundle(tuple(bundle), size)
+                bundle, size = [], 0
+        if bundle:
+            yield Bundle(tuple(bundle), size)
 
-    def chunks(self, part: logs.Part | Rejected) -> Iterator[Chunk]:
-        """The chunks of one part; at least one."""
-        records = self._labelled(logs.read_part(part, **self.options))
-        return chunks(records, self.ingest_id, Redactor(self.patterns), Media(Store(self.store), keep=self.keep_media))
+    def chunks(self, bundle: Bundle) -> Iterator[Chunk]:
+        """The chunks of some parts; at least one."""
+        records = chain.from_iterable(logs.read_part(part, **self.options) for part in bundle.parts)
+        redactor = _redactor(tuple((self.patterns or {}).items()))
+        media = Media(Store(self.store), keep=self.keep_media)
+        return chunks(self._labelled(records), self.ingest_id, redactor, media)
 
     def _labelled(self, records: Iterator[Episode | Rejected]) -> Iterator[Episode | Rejected]:
         if self.labels is None:
@@ -56,8 +79,14 @@ class Job:
         return (self.labels.apply(one) if isinstance(one, Episode) else one for one in records)
 
 
+@cache
+def _redactor(patterns: tuple[tuple[str, str], ...]) -> Redactor:
+    """One for a process: compiling the patterns takes longer than reading a small part."""
+    return Redactor(dict(patterns))
+
+
 class Done(NamedTuple):
-    """A chunk, and the bytes of log that are done with it (those of a part come with its last chunk)."""
+    """A chunk, and the bytes of log that are done with it (those of a bundle come with its last chunk)."""
 
     chunk: Chunk
     size: int
@@ -70,34 +99,34 @@ def run(job: Job, workers: int) -> Iterator[Done]:
         UserError: as reading does; a worker that died (out of memory, most likely).
     """
     if workers <= 1:
-        for part in job.parts():
-            yield from sized(job.chunks(part), part)
+        for bundle in job.bundles():
+            yield from sized(job.chunks(bundle), bundle)
         return
     with _started(job, workers) as started:
-        parts = iter(job.parts())
-        waiting: deque[tuple[_Worker, logs.Part | Rejected]] = deque()
+        bundles = job.bundles()
+        waiting: deque[tuple[_Worker, Bundle]] = deque()
         count = 0
         while True:
-            while len(waiting) < AHEAD * workers and (part := next(parts, None)) is not None:
+            while len(waiting) < AHEAD * workers and (bundle := next(bundles, None)) is not None:
                 worker = started[count % workers]
-                worker.tasks.put(part)
-                waiting.append((worker, part))
+                worker.tasks.put(bundle)
+                waiting.append((worker, bundle))
                 count += 1
             if not waiting:
                 return
-            worker, part = waiting.popleft()
-            yield from sized(worker.results(part), part)
+            worker, bundle = waiting.popleft()
+            yield from sized(worker.results(bundle), bundle)
 
 
-def sized(made: Iterator[Chunk], part: logs.Part | Rejected) -> Iterator[Done]:
-    """The chunks of ``part``; the last carries its size."""
+def sized(made: Iterator[Chunk], bundle: Bundle) -> Iterator[Done]:
+    """The chunks of a bundle; the last carries its size."""
     last: Chunk | None = None
     for chunk in made:
         if last is not None:
             yield Done(last, 0)
         last = chunk
     if last is not None:
-        yield Done(last, part.size if isinstance(part, logs.Part) else 0)
+        yield Done(last, bundle.size)
 
 
 class _Worker(NamedTuple):
@@ -105,17 +134,18 @@ class _Worker(NamedTuple):
     tasks: Any
     made: Any
 
-    def results(self, part: logs.Part | Rejected) -> Iterator[Chunk]:
-        """The chunks of the oldest part that this worker was given."""
+    def results(self, bundle: Bundle) -> Iterator[Chunk]:
+        """The chunks of the oldest bundle that this worker was given."""
         while True:
             try:
                 item = self.made.get(timeout=1)
             except queue.Empty:
                 if self.process.is_alive():
                     continue
-                where = part.path if isinstance(part, logs.Part) else part.uri
+                first = bundle.parts[0]
+                where = first.path if isinstance(first, logs.Part) else first.uri
                 raise UserError(
-                    f"the worker that read {where} died (exit code {self.process.exitcode}), most likely for want of "
+                    f"the worker that read {where} or what follows died (exit code {self.process.exitcode}), most likely for want of "
                     "memory: run the same command with fewer workers=; what was accepted stays"
                 ) from None
             if item is None:
@@ -145,11 +175,11 @@ def _started(job: Job, count: int) -> Iterator[list[_Worker]]:
 
 
 def _work(job: Job, tasks: Any, made: Any) -> None:
-    """A worker: chunks of each part, then None; an exception instead of what it cannot make."""
+    """A worker: chunks of each bundle, then None; an exception instead of what it cannot make."""
     while True:
-        part = tasks.get()
+        bundle = tasks.get()
         try:
-            for chunk in job.chunks(part):
+            for chunk in job.chunks(bundle):
                 made.put(chunk)
             made.put(None)
         except UserError as error:

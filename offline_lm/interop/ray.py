@@ -7,6 +7,7 @@ Ray Data starts no new task while results wait (`DataContext` sets how many).
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -30,23 +31,22 @@ def run(job: Job, workers: int) -> Iterator[Done]:
     Raises:
         UserError: as reading does.
     """
-    parts = _tasks.parts(job)
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level="warning")
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
+    context.enable_progress_bars = False  # there is one already
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
-    def read(batch: pa.Table) -> Iterator[pa.Table]:
-        for part in batch["part"].to_pylist():
-            for done in _tasks.read(job, part):
+    def read(block: pa.Table) -> Iterator[pa.Table]:
+        for task in block["task"].to_pylist():
+            for done in _tasks.work(job, task):
                 yield pa.table({"done": pa.array([done], pa.large_binary())})
 
-    table = pa.table({"part": pa.array(parts, pa.binary())})
-    tasks = ray.data.from_arrow(table).repartition(min(len(parts), 16 * workers))
-    results = tasks.map_batches(
-        read, batch_size=1, batch_format="pyarrow", compute=ray.data.TaskPoolStrategy(size=workers)
+    blocks = [pa.table({"task": [task]}) for task in _tasks.tasks(job)]
+    results = ray.data.from_arrow(blocks).map_batches(
+        read, batch_size=None, batch_format="pyarrow", compute=ray.data.TaskPoolStrategy(size=workers)
     )
-    for block in results.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=1):
+    for block in results.iter_batches(batch_size=1, batch_format="pyarrow"):
         for done in block["done"]:
             yield _tasks.result(done.as_py())

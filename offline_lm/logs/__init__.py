@@ -20,6 +20,7 @@ from typing import Any
 
 from offline_lm.errors import UserError
 from offline_lm.logs._adapters import Sample
+from offline_lm.logs._files import walk
 from offline_lm.types import Episode, Rejected
 
 GROUP = "offline_lm.logs"
@@ -154,41 +155,43 @@ def _parts(form: Format, path: Path) -> Iterator[Part]:
 
 def _recognised(path: Path) -> Iterator[Part | Rejected]:
     """A folder goes whole to the format that claims it, else its entries are asked one by one."""
+    formats = [format_of(name) for name in sources()]
     claimed = 0
-    for item in _claims(path):
+    for item in _claims(path, formats, {}):
         claimed += isinstance(item, Part)
         yield item
     if not claimed:
         raise UserError(
-            f"source=auto recognises no log in {path}: it looked for {', '.join(sources())}. "
+            f"source=auto recognises no log in {path}: it looked for {', '.join(form.name for form in formats)}. "
             "Name the format with source=, or convert the log to source=jsonl"
         )
 
 
-def _claims(path: Path) -> Iterator[Part | Rejected]:
+def _claims(path: Path, formats: list[Format], last: dict[str, Format]) -> Iterator[Part | Rejected]:
+    """`last`: the format of the last file of each suffix in the folder, the likeliest for its neighbours."""
     sample = Sample(path)
-    is_log = path.name.removesuffix(".gz").removesuffix(".zst").endswith(_LOGS)
-    if not sample.is_dir and not path.is_file():  # a pipe would wait for ever
-        if is_log:
-            yield _refused(path, "unreadable_file", "it is no regular file, or a link to nothing; copy the file itself")
-    elif form := recognise(sample):
+    likely = last.get(path.suffix)
+    if form := likely if likely and not sample.is_dir and likely.detect(sample) else recognise(sample, formats):
+        if not form.general:
+            last[path.suffix] = form
         yield from _parts(form, path)
     elif sample.is_dir:
+        neighbours: dict[str, Format] = {}
         for entry in sorted(path.iterdir(), key=lambda p: p.name):
             if not entry.name.startswith(".") and not (entry.is_dir() and entry.is_symlink()):
-                yield from _claims(entry)
-    elif is_log:
-        told = f"no format recognises the file; name one with source=: {', '.join(sources())}"
-        yield _refused(path, "unknown_format", told)
+                yield from _claims(entry, formats, neighbours)
+    elif path.name.removesuffix(".gz").removesuffix(".zst").endswith(_LOGS):
+        yield Rejected(
+            source=AUTO,
+            uri=str(path),
+            offset=0,
+            reason="unknown_format",
+            message=f"no format recognises the file; name one with source=: {', '.join(sources())}",
+        )
 
 
-def _refused(path: Path, reason: str, message: str) -> Rejected:
-    return Rejected(source=AUTO, uri=str(path), offset=0, reason=reason, message=message)
-
-
-def recognise(sample: Sample) -> Format | None:
-    """The one format that claims the path. Raises UserError if two do."""
-    formats = [format_of(name) for name in sources()]
+def recognise(sample: Sample, formats: list[Format]) -> Format | None:
+    """The one of `formats` that claims the path. Raises UserError if two do."""
     for general in (False, True):
         claims = {form: why for form in formats if form.general == general and (why := form.detect(sample))}
         if len(claims) > 1:

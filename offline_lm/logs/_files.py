@@ -293,8 +293,10 @@ def records(path: Path, limit: int = MAX_BYTES, total: int = TOTAL_BYTES) -> Ite
 def _first_line_is_json(path: Path, limit: int) -> bool:
     with open_log(path) as stream:
         line = _read(stream, path, limit, line=True).removeprefix(_BOM).strip()
-    if not line.startswith(b"{"):
-        return False
+        if not line.startswith(b"{"):
+            return False
+        if not _read(stream, path, 1, line=False):
+            return True  # one line is one value, whichever way it is read
     try:
         orjson.loads(line)
     except orjson.JSONDecodeError:

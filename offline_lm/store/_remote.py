@@ -17,6 +17,9 @@ from deltalake.fs import DeltaStorageHandler
 from fsspec import AbstractFileSystem
 from pyarrow import fs
 
+BLOCK = 256 << 10
+"""Least bytes of a request: DuckDB reads the headers of pages one by one."""
+
 
 class ObjectStore(AbstractFileSystem):
     """Reads the files below ``url``.
@@ -61,6 +64,7 @@ class _File:
         self._open = open_
         self._size = size
         self._positions: dict[int, int] = {}
+        self._blocks: dict[int, tuple[int, bytes]] = {}
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self._size}[whence]
@@ -72,11 +76,16 @@ class _File:
 
     def read(self, size: int = -1) -> bytes:
         start = self.tell()
-        with self._open() as stream:
-            stream.seek(start)
-            data = stream.read(self._size - start if size < 0 else size)
-        self.seek(start + len(data))
-        return data
+        stop = self._size if size < 0 else min(start + size, self._size)
+        begin, block = self._blocks.get(threading.get_ident(), (0, b""))
+        if not begin <= start <= stop <= begin + len(block):
+            begin = max(0, min(start, self._size - BLOCK))  # the end of a file is read backwards
+            with self._open() as stream:
+                stream.seek(begin)
+                block = stream.read(max(stop - begin, BLOCK))
+            self._blocks[threading.get_ident()] = begin, block
+        self.seek(stop)
+        return block[start - begin : stop - begin]
 
     def close(self) -> None:
-        """Nothing is held open: each read is a request of its own."""
+        self._blocks.clear()

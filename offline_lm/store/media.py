@@ -16,6 +16,7 @@ from offline_lm.store.tables import Store
 from offline_lm.types import Episode
 
 _ENDINGS = {"image/png": ".png", "image/jpeg": ".jpg", "image/gif": ".gif", "image/webp": ".webp", "image/bmp": ".bmp"}
+_JSON = (str, int, float, bool, list, dict, type(None))
 
 
 class Media:
@@ -39,8 +40,8 @@ class Media:
 
     def _shot(self, shot: Mapping[str, Any]) -> dict[str, Any]:
         data, path = shot.get("data"), shot.get("path")
-        # Only an adapter gives bytes or a Path: a log cannot name a file of this machine to be copied.
-        if not isinstance(data, bytes) and not isinstance(path, Path):
+        # Only an adapter gives bytes or a path object: a log cannot name a file of this machine to be copied.
+        if not isinstance(data, bytes) and isinstance(path, _JSON):
             return dict(shot)
         row = {key: value for key, value in shot.items() if key not in ("data", "path")}
         if not self.keep:
@@ -49,7 +50,8 @@ class Media:
         if name not in self._have:
             if isinstance(data, bytes):
                 self._put(name, data)
-            elif isinstance(path, Path):
+            else:
+                assert path is not None
                 with path.open("rb") as source:
                     data = source.read()
                 if hashlib.sha256(data).hexdigest() != row["sha256"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import DeltaTable, Schema
 from deltalake.exceptions import DeltaError
+from pyarrow import fs
 
 from offline_lm.errors import UserError
 from offline_lm.store import commits, schema
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 _UNSAFE = set("%*?[]")
 """deltalake 1.6 decodes or panics on these in a local path, and DuckDB reads them as a glob."""
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 ATTEMPTS = 200
 """How often a commit is tried before a writer gives up; each failure means that another writer succeeded."""
@@ -76,8 +79,8 @@ class Store:
             pinned = {"episodes": int(version)}
         store = replace(self, pinned=pinned)
         for table in pinned:
-            gone = [file for file in store.files(table) if self.is_local and not Path(file).exists()]
-            if gone:
+            names = [file.rsplit("/", 1)[1] for file in store.files(table)]
+            if any(info.type == fs.FileType.NotFound for info in _infos(self.table_url(table), names)):
                 raise UserError(f"version {pinned[table]} of {table} in {self.url} is gone: it was vacuumed away")
         return store
 
@@ -233,8 +236,16 @@ class Store:
         return f"{self.url}/tables/{table}"
 
     def exists(self, table: str) -> bool:
-        """Whether ``table`` was ever written to."""
-        return DeltaTable.is_deltatable(self.table_url(table))
+        """Whether ``table`` was ever written to. Raises UserError if an object store does not answer."""
+        try:
+            return DeltaTable.is_deltatable(self.table_url(table))
+        except OSError as error:
+            if self.is_local:
+                raise
+            told = " ".join(_COLOUR.sub("", str(error)).split())
+            raise UserError(
+                f"{self.url} cannot be read: is the bucket there, and are credentials set? {told}"
+            ) from None
 
     def delta(self, table: str, version: int | None = None) -> DeltaTable:
         """The Delta table ``table``, at its newest version if none is given. Raises UserError."""
@@ -315,14 +326,16 @@ def _normalise(url: str | Path) -> str:
     text = str(url)
     if urlsplit(text).scheme == "file":
         text = unquote(urlsplit(text).path)
-    elif "://" in text:
-        return text.rstrip("/")
     if not text:
         raise UserError("store= is empty: name a folder")
-    path = str(Path(text).expanduser().absolute())
+    path = text.rstrip("/") if "://" in text else str(Path(text).expanduser().absolute())
     if bad := _UNSAFE & set(path):
         raise UserError(f"store path {path} has {' '.join(sorted(bad))} in it: name a folder without")
     return path
+
+
+def _infos(url: str, names: list[str]) -> list[fs.FileInfo]:
+    return commits.filesystem(url).get_file_info(names) if names else []
 
 
 def _known(table: str) -> pa.Schema:
