@@ -55,11 +55,16 @@ def ingest(cfg: DictConfig) -> dict[str, Any]:
     began = time.monotonic()
     with tqdm(desc="ingest", total=size, unit="B", unit_scale=True, file=sys.stderr, disable=None) as bar:
         writer.acknowledge = lambda counts: bar.set_postfix_str(_rate(counts, time.monotonic() - began))
+        used: set[int] = set()
         for done in chunks(job, _workers(cfg.workers, size)):
             writer.take(done.chunk)
+            used |= done.chunk.labels_used
             bar.update(done.size)
         counts = writer.finish()
     print(summary(counts, store.url))
+    if labels is not None:
+        counts["labels"] = {"rows": len(labels.rows), "used": len(used)}
+        print(f"labels: {len(used)} of {len(labels.rows)} rows of {cfg.labels} named an episode")
     return {**counts, "seconds": round(time.monotonic() - began, 3), "bytes": size}
 
 

@@ -11,7 +11,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -71,7 +71,8 @@ class Job:
         records = chain.from_iterable(logs.read_part(part, **self.options) for part in bundle.parts)
         redactor = _redactor(tuple((self.patterns or {}).items()))
         media = Media(Store(self.store), keep=self.keep_media)
-        return chunks(self._labelled(records), self.ingest_id, redactor, media)
+        for chunk in chunks(self._labelled(records), self.ingest_id, redactor, media):
+            yield chunk if self.labels is None else replace(chunk, labels_used=frozenset(self.labels.used))
 
     def _labelled(self, records: Iterator[Episode | Rejected]) -> Iterator[Episode | Rejected]:
         if self.labels is None:

@@ -104,8 +104,7 @@ def read(source: str, path: Path, **options: object) -> Iterator[Episode | Rejec
         UserError: at once, for an unknown source, a path that does not exist, or an option that the format lacks;
         with ``auto`` while reading, for a path that no format recognises, or more than one.
     """
-    if source != AUTO:
-        _check_options(format_of(source), options)
+    _check_options(source, options)
     if not path.exists():
         raise UserError(f"{path} does not exist; path= must name a log file or a folder of them")
     return chain.from_iterable(read_part(part, **options) for part in parts(source, path))
@@ -123,21 +122,27 @@ def parts(source: str, path: Path) -> Iterator[Part | Rejected]:
 
 
 def read_part(part: Part | Rejected, **options: object) -> Iterator[Episode | Rejected]:
-    """The records of one of the `parts`; options that its format lacks are a UserError."""
+    """The records of one of the `parts`; `options` that its format does not know are those of another one."""
     if isinstance(part, Rejected):
         return iter((part,))
     form = format_of(part.source)
-    _check_options(form, options)
+    known = {name: options[name] for name in _options(form) if name in options}
     if form.by_line:
-        options = {**options, "start": part.start, "stop": part.stop}
-    return form.read(part.path, **options)
+        known |= {"start": part.start, "stop": part.stop}
+    return form.read(part.path, **known)
 
 
-def _check_options(form: Format, options: dict[str, Any]) -> None:
-    known = [name for name in inspect.signature(form.read).parameters if name not in ("path", "start", "stop")]
+def _options(form: Format) -> list[str]:
+    return [name for name in inspect.signature(form.read).parameters if name not in ("path", "start", "stop")]
+
+
+def _check_options(source: str, options: dict[str, Any]) -> None:
+    """Raises UserError for an option that the format, or with ``auto`` every format, lacks."""
+    formats = [format_of(name) for name in (sources() if source == AUTO else [source])]
+    known = sorted({name for form in formats for name in _options(form)})
     if unknown := [name for name in options if name not in known]:
         takes = f"its options are {', '.join(known)}" if known else "it has no options"
-        raise UserError(f"source={form.name} does not know {', '.join(unknown)}; {takes}")
+        raise UserError(f"source={source} does not know {', '.join(unknown)}; {takes}")
 
 
 def _parts(form: Format, path: Path) -> Iterator[Part]:

@@ -62,8 +62,9 @@ class Labels:
     rows: list[Row]
     matched: int = 0
     """episodes that got a label"""
+    used: set[int] = field(default_factory=set)
+    """indices of the rows that named an episode"""
     _by_key: dict[tuple[str, ...], dict[tuple[str | int, ...], list[int]]] = field(default_factory=dict)
-    _used: set[int] = field(default_factory=set)
 
     @classmethod
     def load(cls, path: Path) -> Labels:
@@ -84,7 +85,7 @@ class Labels:
     @property
     def unmatched(self) -> int:
         """Rows that no episode has matched."""
-        return len(self.rows) - len(self._used)
+        return len(self.rows) - len(self.used)
 
     def apply(self, episode: Episode) -> Episode:
         """The episode with its label, or as it was if no row names it.
@@ -99,7 +100,7 @@ class Labels:
         if not found:
             return episode
         self.matched += 1
-        self._used.update(found)
+        self.used.update(found)
         rows = [self.rows[i] for i in found]
         labels = [row.label for row in rows]
         episode = replace(episode, labels=(*episode.labels, *dict.fromkeys(labels)))

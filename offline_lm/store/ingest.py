@@ -84,6 +84,8 @@ class Chunk:
     """rows of ``steps`` for each episode, the final observation included"""
     rejected: tuple[Rejected, ...]
     redacted: dict[str, int]
+    labels_used: frozenset[int] = frozenset()
+    """rows of the table of labels that named an episode so far"""
 
 
 def chunks(
