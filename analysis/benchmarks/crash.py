@@ -31,7 +31,7 @@ from offline_lm.store.maintain import compact, vacuum
 from offline_lm.store.rows import episode_id
 from offline_lm.types import Episode, Step
 
-EPISODES, BATCH = 240, 12
+EPISODES, BATCH = 120, 6
 POINTS = ("begun", "written", "committed", "synced")
 
 
@@ -87,7 +87,7 @@ def _point(rng: random.Random, phase: str) -> str | None:
     if phase == "vacuum" or rng.random() < 0.5:
         return None
     table = rng.choice(("steps", "episodes"))
-    return f"{table}.{rng.choice(POINTS)}:{rng.randint(1, 4 if phase == 'ingest' else 1)}"
+    return f"{table}.{rng.choice(POINTS)}:{rng.randint(1, 4 if phase == 'ingest' else 3)}"
 
 
 def _attempt(phase: str, store: str, seed: int, point: str | None, rng: random.Random) -> tuple[bool, int]:
@@ -126,7 +126,7 @@ def _work(phase: str, store: str, seed: int, point: str | None, write: int) -> N
 
         add(Store.create(store), log(seed), batch=BATCH, acknowledge=acknowledge)
     elif phase == "compact":
-        compact(Store.open(store))
+        compact(Store.open(store), target=24_000)  # several commits a table
     else:
         vacuum(Store.open(store), hours=0)
 

@@ -4,8 +4,9 @@
 
 Each input is one of `samples.py` with one of its files changed: in its bytes (flips, cuts, splices, repetitions), or in
 its JSON (values of other types, keys renamed or gone, numbers and nesting beyond all bounds). It goes through
-``logs.read`` and, as ``ingest`` does it, through redaction, the store's checks and Arrow. A crash is any other exception,
-or an input that takes longer than `SLOW` seconds; the bytes of the first of each kind are kept in ``crashes=FOLDER``.
+``logs.read`` and, as ``ingest`` does it, through redaction, the store's checks and Arrow; every tenth also to
+``source=auto``. A crash is any other exception, or an input that takes longer than `SLOW` seconds; the bytes of the first
+of each kind are kept in ``crashes=FOLDER``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from copy import deepcopy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,20 +39,21 @@ SLOW = 20.0
 # --- mutations ----------------------------------------------------------------------------------------------
 
 
-def _nested(depth: int) -> Any:
-    value: Any = 1
-    for i in range(depth):
-        value = [value] if i % 2 else {"a": value}
-    return value
-
-
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63) - 1, 2**64, 10**30, 0.5, -0.5, 1e308, -1e308),
     *(float("nan"), float("inf"), "", "x", "a b", "0", "-1", "1e999", "NaN", "null", "\x00", "\ud800", "9" * 5000),
-    *("2026-99-99", "http://[", "../../etc/passwd", "data:image/png;base64,AAAA", "data:image/png;base64,!", "é" * 3000),
+    *("2026-99-99", "http://[", "../../etc/passwd", "data:image/png;base64,AAAA", "data:image/png;base64,!"),
+    *("é" * 3000, "2026-01-01T00:00:00Z", "2026-01-01 00:00:00.000000"),
     *("[[[[", '{"a":', "<tool_call>", "```", "\n", "assistant", "click(", "${x}", "%s", [], {}, [[]], [None], [{}]),
-    *({"": None}, {"a": {"b": []}}, [1, "1", None], [True] * 300, _nested(40), _nested(70), _nested(1100)),
+    *({"": None}, {"a": {"b": []}}, [1, "1", None], [True] * 300, "@40", "@70", "@1100", "@digits"),
 )
+_WRITTEN = {
+    b'"@40"': b'{"a":[' * 20 + b"1" + b"]}" * 20,
+    b'"@70"': b'{"a":[' * 35 + b"1" + b"]}" * 35,
+    b'"@1100"': b"[" * 1100 + b"]" * 1100,
+    b'"@digits"': b"9" * 5000,
+}
+"""What json.dumps cannot write."""
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
@@ -69,20 +72,20 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
 def _change(rng: random.Random, tree: Any) -> Any:
     places = _places(tree)
     if not places or rng.random() < 0.03:
-        return rng.choice(VALUES)
+        return deepcopy(rng.choice(VALUES))
     holder, key = rng.choice(places)
     kind = rng.random()
     if kind < 0.6:
-        holder[key] = rng.choice(VALUES)
+        holder[key] = deepcopy(rng.choice(VALUES))
     elif kind < 0.7:
         del holder[key]
     elif kind < 0.8 and isinstance(holder, dict):
         holder[rng.choice(("", "x", str(key).upper(), rng.choice(places)[1]))] = holder.pop(key)
     elif kind < 0.9:
         other, there = rng.choice(places)
-        holder[key] = json.loads(json.dumps(other[there]))
+        holder[key] = deepcopy(other[there])
     elif isinstance(holder, list):
-        holder[:] = rng.choice((holder[::-1], holder * 2, holder[:1] * 40, sorted(holder, key=str)))
+        holder[:] = deepcopy(rng.choice((holder[::-1], holder * 2, holder[:1] * 40, sorted(holder, key=str))))
     else:
         holder[key] = json.dumps(holder[key])
     return tree
@@ -98,6 +101,8 @@ def _in_json(rng: random.Random, data: bytes) -> bytes | None:
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         tree = _change(rng, tree)
     lines[which] = json.dumps(tree).encode()
+    for mark, written in _WRITTEN.items():
+        lines[which] = lines[which].replace(mark, written)
     return b"\n".join(lines)
 
 
@@ -119,7 +124,9 @@ def _in_bytes(rng: random.Random, data: bytes) -> bytes:
             case 4:
                 made[at:at] = rng.randbytes(rng.choice((1, 4, 64)))
             case 5:
-                made[at : at + 8] = rng.choice((bytes(8), b"\xff" * 8, b'"', b"{", b"]", b"\n", b"\xed\xa0\x80", b"\\ud800"))
+                made[at : at + 8] = rng.choice(
+                    (bytes(8), b"\xff" * 8, b'"', b"{", b"]", b"\n", b"\xed\xa0", b"\\ud800")
+                )
             case _:
                 made[at : at + end - at] = bytes(end - at)
     return bytes(made)
@@ -182,6 +189,8 @@ class Fuzz:
             for accepted, rejected in self.read(i):
                 self.accepted[sample.source] += accepted
                 self.rejected[sample.source] += rejected
+            if self.inputs.total() % 10 == 0:
+                self._recognise(self._path(i, file))
         except UserError as error:
             if "holds no" not in str(error):
                 self._failed(f"{sample.source}: UserError: {error}"[:120], file, data)
@@ -195,6 +204,14 @@ class Fuzz:
         if took > SLOW:
             self._failed(f"{sample.source}: slow", file, data)
         self.slowest = max(self.slowest, took)
+
+    def _recognise(self, path: Path) -> None:
+        """What source=auto does; it may say that two formats claim the file."""
+        try:
+            logs.recognise(logs.Sample(path))
+        except UserError as error:
+            if "more than one format" not in str(error):
+                raise
 
     def _failed(self, what: str, file: File, data: bytes) -> None:
         self.failures[what] += 1

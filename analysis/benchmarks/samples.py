@@ -96,7 +96,7 @@ def _chat() -> list[Sample]:
     pq.write_table(pa.Table.from_pylist([{"id": str(i), "messages": plain, "reward": 1.0} for i in range(5)]), sink)
     table = File("a.parquet", sink.getvalue().to_pybytes())
     texts = [Sample("chat", (of_json(f"{name}.jsonl", row, row),), weight=0.4) for name, row in rows.items()]
-    return [*texts, Sample("chat", (table,), weight=0.003)]  # a process for each
+    return [*texts, Sample("chat", (table,), weight=0.03)]  # a process for each
 
 
 def _agentlab() -> Sample:
@@ -124,7 +124,7 @@ def _agentlab() -> Sample:
     folder = "study/2025-01-22_11-03-29_Agent-x_on_miniwob.click-test_7/"
     files = (
         File(folder + "step_0.pkl.gz", step(0, "click('18')"), gzip.compress),
-        File(folder + "step_1.pkl.gz", step(1, None, reward=1.0, terminated=True), gzip.compress),
+        File(folder + "step_1.pkl.gz", step(1, None, reward=1.0, terminated=True, stats=None), gzip.compress),
         File(folder + "exp_args.pkl", args),
         of_json(folder + "summary_info.json", summary),
     )
@@ -261,13 +261,14 @@ def samples() -> list[Sample]:
                   "agent_class": "A", "max_iterations": 30}, "error": None, "history": hands, "test_result": {"a": "d"},
                   "metrics": {"accumulated_cost": 0.25}}
     snap = {"snapshotName": "before@1", "frameId": "f", "frameUrl": "https://x.com/", "isMainFrame": True,
-            "html": ["HTML", {}, ["HEAD", {}, ["TITLE", {}, "T"]], ["BODY", {"a": "b"}, ["P", {}, "hi"], [[0, 2]]]]}
+            "html": ["HTML", {}, ["HEAD", {}, ["TITLE", {}, "T"]], ["BODY", {"a": "b"}, ["P", {}, "hi"]]]}
     trace = [{"type": "context-options", "version": 8, "browserName": "chromium", "wallTime": 1_700_000_000_000},
              {"type": "frame-snapshot", "snapshot": snap},
              {"type": "before", "callId": "1", "class": "Frame", "method": "click", "params": {"selector": "#go"},
               "startTime": 1.0, "pageId": "page@1", "beforeSnapshot": "before@1"},
              {"type": "input", "callId": "1", "point": {"x": 1, "y": 2}, "inputSnapshot": "input@1"},
-             {"type": "after", "callId": "1", "endTime": 2.0, "error": {"message": "x"}}]
+             {"type": "frame-snapshot", "snapshot": snap | {"snapshotName": "after@1", "html": [[1, 2]]}},
+             {"type": "after", "callId": "1", "afterSnapshot": "after@1", "endTime": 2.0, "error": {"message": "x"}}]
     turn = {"action": "ls\n", "observation": "a.py", "response": "I try.\n```\nls\n```", "thought": "I try.\n", "state":
             '{"open_file": "n/a"}', "query": TALK[:2], "execution_time": 0.5, "extra_info": {}}
     swe = {"environment": "main", "trajectory": [turn, turn], "history": [TALK[0], TALK[4] | {"is_demo": True}], "info": {

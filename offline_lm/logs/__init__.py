@@ -147,7 +147,7 @@ def _check_options(source: str, options: dict[str, Any]) -> None:
 
 def _parts(form: Format, path: Path) -> Iterator[Part]:
     for found in form.find(path):
-        size = found.stat().st_size if found.is_file() else 0
+        size = sum(file.stat().st_size for file in walk(found) if file.is_file())
         if form.by_line and size > RANGE_BYTES and found.suffix not in (".gz", ".zst"):
             starts = [*range(0, size, RANGE_BYTES), size]
             yield from (Part(form.name, found, b - a, a, b) for a, b in pairwise(starts))
