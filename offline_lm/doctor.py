@@ -33,8 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def doctor(cfg: DictConfig) -> dict[str, Any]:
     if type(cfg.retention_hours) is not int or cfg.retention_hours < 0:
         raise UserError(f"retention_hours={cfg.retention_hours}: a whole number from 0 is wanted")
+    remote = not Store.at_url(cfg.store).is_local
+    if remote and (cfg.repair or cfg.deep):
+        raise UserError(
+            f"{cfg.store} is remote: an object store keeps whole files or none; repair and deep are for folders"
+        )
     repaired = repair(cfg.store, deep=cfg.deep) if cfg.repair else []
-    found = examine(cfg.store, deep=cfg.deep)
+    found = [] if remote else examine(cfg.store, deep=cfg.deep)
     wrong = [finding for finding in found if not finding.harmless]
     commits_lost = any(finding.kind.startswith("log_") for finding in repaired)
     gone = [*repaired, *wrong, *([f for f in found if f.kind == "episode_unseen"] if commits_lost else [])]
@@ -62,7 +67,8 @@ def doctor(cfg: DictConfig) -> dict[str, Any]:
         print(f"files deleted: {sum(result['vacuumed'].values())}; what a run was trained on stays")
     result["versions"] = store.versions()
     result["files"] = {table: len(store.files(table)) for table in result["versions"]}
-    print(f"{store.url} is whole: version {result['versions']['episodes']}, {sum(result['files'].values())} files")
+    whole = "can be opened" if remote else "is whole"
+    print(f"{store.url} {whole}: version {result['versions']['episodes']}, {sum(result['files'].values())} files")
     return result
 
 

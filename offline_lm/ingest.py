@@ -92,7 +92,7 @@ def log_path(text: str) -> Path:
     if "://" not in text:
         return Path(text)
     try:
-        from upath import UPath
+        from upath import UPath  # pyright: ignore[reportMissingImports] (an extra)
     except ModuleNotFoundError:
         raise UserError(f"path={text} needs `pip install 'offline_lm[s3]'`") from None
     return UPath(text)

@@ -5,8 +5,8 @@
 Each input is one of `samples.py` with one of its files changed: in its bytes (flips, cuts, splices, repetitions), or in
 its JSON (values of other types, keys renamed or gone, numbers and nesting beyond all bounds). It goes through
 ``logs.read`` and, as ``ingest`` does it, through redaction, the store's checks and Arrow; every tenth also to
-``source=auto``. A crash is any other exception, or an input that takes longer than `SLOW` seconds; the bytes of the first
-of each kind are kept in ``crashes=FOLDER``.
+``source=auto``. A crash is any other exception, or an input that takes longer than `SLOW` seconds; the bytes of the
+first of each kind are kept in ``crashes=FOLDER``.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from copy import deepcopy
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,7 @@ class Fuzz:
     def __init__(self, folder: Path, seed: int = 0, crashes: Path | None = None) -> None:
         self.rng, self.folder, self.crashes = random.Random(seed), folder, crashes
         self.redactor, self.media = Redactor(default_patterns()), Media(Store.create(folder / "store"), keep=False)
-        self.samples = samples()
+        self.samples, self.formats = samples(), [logs.format_of(name) for name in logs.sources()]
         self.inputs, self.accepted, self.rejected, self.nothing = Counter(), Counter(), Counter(), Counter()
         self.failures: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
@@ -206,9 +206,9 @@ class Fuzz:
         self.slowest = max(self.slowest, took)
 
     def _recognise(self, path: Path) -> None:
-        """What source=auto does; it may say that two formats claim the file."""
+        """What source=auto does first; it may say that two formats claim the file."""
         try:
-            logs.recognise(logs.Sample(path))
+            logs.recognise(logs.Sample(path), self.formats)
         except UserError as error:
             if "more than one format" not in str(error):
                 raise

@@ -70,6 +70,8 @@ class Pages:
 
     def __init__(self, draw: Draw) -> None:
         self.draw = draw
+        self.refs = range(1)
+        """of the last page"""
         kinds = draw.choices(ROLES, k=4000)
         self.lines = ["\t" * draw.randint(1, 5) + f"[%d] {kind} '{words(draw, 1, 9)}', visible" for kind in kinds]
 
@@ -82,6 +84,7 @@ class Pages:
             picked = draw.choices(self.lines, k=50)
             lines += [line % (first + i) for i, line in enumerate(picked, len(lines))]
             length += sum(map(len, picked))
+        self.refs = range(first + 1, first + len(lines))
         if login:
             lines.append(FORM)
         if draw.random() < 1 / 3:
@@ -89,13 +92,15 @@ class Pages:
         return "\n".join(lines)
 
 
-def action(draw: Draw, i: int, login: int) -> tuple[str, JSON]:
-    """Name and arguments; at the step `login` the password is typed."""
+def action(pages: Pages, i: int, login: int) -> tuple[str, JSON]:
+    """Name and arguments, on the last page; at the step `login` the password is typed."""
+    draw = pages.draw
     if i == login:
         return "fill", {"bid": "902", "value": f"pw{draw.getrandbits(40):x}"}
+    bid = str(draw.choice(pages.refs))
     if draw.random() < 0.2:
-        return "fill", {"bid": str(draw.randrange(800)), "value": words(draw, 1, 4)}
-    return "click", {"bid": str(draw.randrange(800))}
+        return "fill", {"bid": bid, "value": words(draw, 1, 4)}
+    return "click", {"bid": bid}
 
 
 def _steps(draw: Draw) -> tuple[int, int]:
@@ -108,11 +113,12 @@ def jsonl(draw: Draw, pages: Pages, number: int) -> JSON:
     length, login = _steps(draw)
     steps = []
     for i in range(length):
-        name, args = action(draw, i, login)
+        page = pages.page(14_000, login=i == login)
+        name, args = action(pages, i, login)
         text = f"{name}({', '.join(repr(item) for item in args.values())})"
         steps.append({
             "url": f"https://shop.example.org/{draw.getrandbits(32):x}", "title": words(draw, 2, 5),
-            "observation": pages.page(14_000, login=i == login), "observation_kind": "axtree",
+            "observation": page, "observation_kind": "axtree",
             "response": f"<think>{words(draw, 30, 90)}</think>\n{text}", "thought": words(draw, 30, 90),
             "action": text, "action_name": name, "action_args": args, "reward": float(i == length - 1),
         })  # fmt: skip
@@ -127,7 +133,7 @@ def chat(draw: Draw, pages: Pages, number: int) -> JSON:
     system = f"# Policy\n{' '.join(WORDS * 9)}\nToday is day {draw.randrange(1000)}."
     messages: list[JSON] = [{"role": "system", "content": system}, {"role": "user", "content": words(draw, 20, 60)}]
     for i in range(length):
-        name, args = action(draw, i, login)
+        name, args = action(pages, i, login)
         call = {"name": name, "arguments": json.dumps(args)}
         tool = {"id": f"call_{draw.getrandbits(64):x}", "type": "function", "function": call}
         result = pages.page(draw.randint(500, 6000), login=i + 1 == login)
@@ -143,11 +149,12 @@ def browser_use(draw: Draw, pages: Pages, number: int) -> JSON:
     length, login = _steps(draw)
     history = []
     for i in range(length):
-        name, args = action(draw, i, login)
+        name, args = action(pages, i, login)
         index = int(args["bid"])
         params: JSON = {"index": index} | ({"text": args["value"]} if "value" in args else {})
         call = {"input_text" if name == "fill" else "click_element": params}
         brain = {key: words(draw, 8, 30) for key in ("evaluation_previous_goal", "memory", "next_goal")}
+        pages.refs = range(110)
         items = [
             {"index": at, "text": line.split("'")[1], "is_text_only": at % 3 > 0, "depth": line.count("\t")}
             for at, line in enumerate(draw.choices(pages.lines, k=110))
@@ -209,8 +216,8 @@ def adp(draw: Draw, pages: Pages, number: int) -> JSON:
     length, login = _steps(draw)
     content: list[JSON] = [{"class_": "text_observation", "content": words(draw, 8, 40), "name": None, "source": "user"}]
     for i in range(length):
-        name, args = action(draw, i, login)
         page, url = pages.page(14_000, login=i == login), f"https://shop.example.org/{draw.getrandbits(40):x}"
+        name, args = action(pages, i, login)
         content += [
             {"class_": "web_observation", "html": None, "axtree": page, "url": url, "image_observation": None,
              "viewport_size": [1280, 1440]},

@@ -3,6 +3,7 @@
 Daft runs on this machine, or on Ray where it was told to (DAFT_RUNNER=ray). The chunks come in the order of the log.
 """
 
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import os

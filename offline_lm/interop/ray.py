@@ -5,6 +5,7 @@ Ray is started on this machine, or joined where RAY_ADDRESS names a cluster; eve
 Ray Data starts no new task while results wait (`DataContext` sets how many).
 """
 
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import logging

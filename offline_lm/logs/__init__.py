@@ -175,6 +175,11 @@ def _recognised(path: Path) -> Iterator[Part | Rejected]:
 def _claims(path: Path, formats: list[Format], last: dict[str, Format]) -> Iterator[Part | Rejected]:
     """`last`: the format of the last file of each suffix in the folder, the likeliest for its neighbours."""
     sample = Sample(path)
+    is_log = path.name.removesuffix(".gz").removesuffix(".zst").endswith(_LOGS)
+    if not sample.is_dir and not path.is_file():  # a pipe would wait for ever
+        if is_log:
+            yield _refused(path, "unreadable_file", "it is no regular file, or a link to nothing; copy the file itself")
+        return
     likely = last.get(path.suffix)
     if form := likely if likely and not sample.is_dir and likely.detect(sample) else recognise(sample, formats):
         if not form.general:
@@ -185,14 +190,13 @@ def _claims(path: Path, formats: list[Format], last: dict[str, Format]) -> Itera
         for entry in sorted(path.iterdir(), key=lambda p: p.name):
             if not entry.name.startswith(".") and not (entry.is_dir() and entry.is_symlink()):
                 yield from _claims(entry, formats, neighbours)
-    elif path.name.removesuffix(".gz").removesuffix(".zst").endswith(_LOGS):
-        yield Rejected(
-            source=AUTO,
-            uri=str(path),
-            offset=0,
-            reason="unknown_format",
-            message=f"no format recognises the file; name one with source=: {', '.join(sources())}",
-        )
+    elif is_log:
+        told = f"no format recognises the file; name one with source=: {', '.join(sources())}"
+        yield _refused(path, "unknown_format", told)
+
+
+def _refused(path: Path, reason: str, message: str) -> Rejected:
+    return Rejected(source=AUTO, uri=str(path), offset=0, reason=reason, message=message)
 
 
 def recognise(sample: Sample, formats: list[Format]) -> Format | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 
 import numpy as np
 
@@ -17,6 +18,10 @@ _SHORT, _FEW = 400, 4
 _HIDDEN = re.compile(
     r"[\W_]*|<secret>\w+</secret>|<[A-Za-z_ ]+>|\{\{?[A-Za-z_. ]+\}?\}|\$\{?[A-Z_]+\}?|%[A-Za-z_]+%|[xX*]{3,}"
 )
+
+
+_Pattern = tuple[str, re.Pattern[str], frozenset[str], str]
+"""kind, expression, texts that every match begins with (none: not known), text that every match holds"""
 
 
 def hidden(text: str) -> bool:
@@ -36,7 +41,7 @@ class Patterns:
     """
 
     def __init__(self, patterns: Mapping[str, str], words: Iterable[str] = ()) -> None:
-        self._patterns = [
+        self._patterns: list[_Pattern] = [
             (kind, _compiled(kind, regex), _starts(kind, regex), holds[1] if (holds := _HOLDS.search(regex)) else "")
             for kind, regex in patterns.items()
         ]
@@ -51,32 +56,47 @@ class Patterns:
             holds in text and (not starts or not words.isdisjoint(starts)) for _, _, starts, holds in self._patterns
         )
 
-    def replace(self, text: str, words: frozenset[str], put: Callable[[str, str], str]) -> str:
-        """`text` with each secret replaced by ``put(secret, kind)``; `words` are those of `text`, or of more."""
-        here = words & self._screen(text) if len(text) > _SHORT and len(words) > _FEW else words
-        marks: _Marks | None = None
-        folded: str | None = None
-        for kind, pattern, starts, holds in self._patterns:
-            if (starts and here.isdisjoint(starts)) or holds not in text:
+    def replacer(self, words: frozenset[str], put: Callable[[str, str], str]) -> Callable[[str], str]:
+        """What replaces each secret of a text by ``put(secret, kind)``; `words` are those of the text, or of more."""
+        active = [one for one in self._patterns if not one[2] or not words.isdisjoint(one[2])]
+        starts = words.intersection(chain.from_iterable(one[2] for one in active))
+        always = any(not one[2] for one in active)
+
+        def replace(text: str) -> str:
+            if len(text) > _SHORT and len(starts) > _FEW:
+                here = starts & self._screen(text)
+            else:
+                folded = _fold(text)
+                here = frozenset([word for word in starts if word in folded])
+            return _replace(text, active, here, put) if here or always else text
+
+        return replace
+
+
+def _replace(text: str, patterns: list[_Pattern], here: frozenset[str], put: Callable[[str, str], str]) -> str:
+    marks: _Marks | None = None
+    folded: str | None = None
+    for kind, pattern, starts, holds in patterns:
+        if (starts and here.isdisjoint(starts)) or holds not in text:
+            continue
+        if marks is None:
+            marks = _Marks(text)
+            text = marks.text
+        if folded is None and starts:
+            folded = _fold(text)
+        parts, end = [], 0
+        for match in _matches(pattern, text, folded or "", starts & here if starts else None):
+            if match.start() < end:
                 continue
-            if marks is None:
-                marks = _Marks(text)
-                text = marks.text
-            if folded is None and starts:
-                folded = _fold(text) if any(word.lower() != word.upper() for word in here) else text
-            parts, end = [], 0
-            for match in _matches(pattern, text, folded or "", starts & here if starts else None):
-                if match.start() < end:
-                    continue
-                start, stop = _span(match)
-                secret = text[start:stop]
-                if start < stop and not hidden(secret):
-                    parts += [text[end:start], marks.of(put(marks.undo(secret), kind))]
-                    end = stop
-            if parts:
-                text = "".join([*parts, text[end:]])
-                folded = None
-        return text if marks is None else marks.undo(text)
+            start, stop = _span(match)
+            secret = text[start:stop]
+            if start < stop and not hidden(secret):
+                parts += [text[end:start], marks.of(put(marks.undo(secret), kind))]
+                end = stop
+        if parts:
+            text = "".join([*parts, text[end:]])
+            folded = None
+    return text if marks is None else marks.undo(text)
 
 
 def _matches(

@@ -75,9 +75,9 @@ def is_word(text: str) -> bool:
 
 def passwords(episode: Episode) -> Iterator[tuple[int, str]]:
     """(position of the step, literal) of each text typed into a password field."""
-    pages: list[str] = []
+    pages = _Pages()
     for i, step in enumerate(episode.steps):
-        pages.append(_page(step))
+        pages.add(_page(step))
         before = episode.steps[i - 1] if i else None
         elements = _elements(step.extra)
         for action in _actions(step):
@@ -192,12 +192,50 @@ def _of_call(text: str, call: re.Match[str], end: int) -> Typed | None:
 # --- the field ----------------------------------------------------------------------------------------------
 
 
+class _Pages:
+    """What the agent has seen so far."""
+
+    def __init__(self) -> None:
+        self._pages: list[str] = []
+        self._may_say: list[bool] = []
+        self._told: dict[str, bool | None] = {}
+
+    def add(self, page: str) -> None:
+        folded = page.casefold()
+        self._pages.append(page)
+        self._may_say.append(any(word in folded for word in WORDS))
+        self._told.clear()
+
+    def last(self, count: int) -> list[str]:
+        """Those of the last pages that may speak of passwords."""
+        pages = zip(self._pages[-count:], self._may_say[-count:], strict=True)
+        return [page for page, may_say in pages if may_say]
+
+    def says(self, ref: str, otherwise: bool) -> bool:
+        """Whether the newest page with the element calls it a password field; `otherwise` if no page has it."""
+        if not otherwise and not any(self._may_say):
+            return False
+        if ref not in self._told:
+            self._told[ref] = self._look_for(ref)
+        told = self._told[ref]
+        return otherwise if told is None else told
+
+    def _look_for(self, ref: str) -> bool | None:
+        for page, may_say in zip(reversed(self._pages), reversed(self._may_say), strict=True):
+            if not may_say:
+                if any(True for _ in _places_of(ref, page)):
+                    return False
+            elif lines := list(_lines_of(ref, page)):
+                return any(_FIELD.search(line) for line in lines)
+        return None
+
+
 def _is_password(
     one: Typed,
     step: Step,
     element: Any,
     elements: list[Any],
-    pages: list[str],
+    pages: _Pages,
     before: Step | None,
     *,
     alone: bool,
@@ -210,11 +248,9 @@ def _is_password(
         return True
     ref = (one.ref or "").strip("[]\"'# ")
     if ref:
-        for page in reversed(pages):
-            if lines := list(_lines_of(ref, page)):
-                return any(_FIELD.search(line) for line in lines)
-        return not alone and (_says(step.target) or _says(elements))
-    if any("focused" in line and _FIELD.search(line) for line in pages[-1].splitlines()):
+        return pages.says(ref, not alone and (_says(step.target) or _says(elements)))
+    last = pages.last(1)
+    if any("focused" in line and _FIELD.search(line) for page in last for line in page.splitlines()):
         return True
     if before is None:
         return False
@@ -222,7 +258,7 @@ def _is_password(
     if clicked is None:
         return False
     return _says(before.target) or any(
-        _FIELD.search(line) for page in pages[-2:] for line in _lines_of(clicked[1], page)
+        _FIELD.search(line) for page in pages.last(2) for line in _lines_of(clicked[1], page)
     )
 
 
@@ -250,11 +286,14 @@ def _page(step: Step) -> str:
     return "\n".join(text if isinstance(text, str) else str(text) for text in contents if text)
 
 
+_BEFORE_REF, _AFTER_REF = "[\"'=#(<", "]\"':)>."
+_INDENT = " \t*|-"
+_NEIGHBOUR = re.compile(r"\[[\w-]*\d[\w-]*\]")
+
+
 def _lines_of(ref: str, page: str) -> Iterator[str]:
     """What the page says of the element `ref`: its tag, or its line up to the neighbouring elements."""
-    bounds = r"""(?:\[|["'=\#(<]|\bBID:|\bref=|^[ \t*|-]{0,80})"""
-    for match in re.finditer(rf"(?m){bounds}{re.escape(ref)}(?=[\]\"':)>\s.]|$)", page):
-        start, end = match.span()
+    for start, end in _places_of(ref, page):
         tag = page.rfind("<", max(0, start - 1000), end)
         if tag > page.rfind(">", max(0, start - 1000), start) and tag >= 0:
             stop = page.find(">", end, end + 1000)
@@ -263,6 +302,34 @@ def _lines_of(ref: str, page: str) -> Iterator[str]:
         first = page.rfind("\n", max(0, start - 300), start) + 1 or max(0, start - 300)
         last = page.find("\n", end, end + 400)
         line_before, line_after = page[first:start], page[end : last if last >= 0 else end + 400]
-        neighbour = re.compile(r"\[[\w-]*\d[\w-]*\]")
-        before_parts, after_parts = neighbour.split(line_before), neighbour.split(line_after)
-        yield before_parts[-1] + match[0] + after_parts[0] if page[start] != "[" else match[0] + after_parts[0]
+        before_parts, after_parts = _NEIGHBOUR.split(line_before), _NEIGHBOUR.split(line_after)
+        own = page[start:end] + after_parts[0]
+        yield own if page[start] == "[" else before_parts[-1] + own
+
+
+def _places_of(ref: str, page: str) -> Iterator[tuple[int, int]]:
+    """(start, end) of each mention of an element: ``[12]``, ``bid="12"``, ``BID:12``, ``ref=12``, ``| 12:``.
+
+    Many times faster than one regular expression, which would have to be tried at every letter.
+    """
+    at = page.find(ref)
+    while at >= 0:
+        end = at + len(ref)
+        start = _start_of(page, at) if end == len(page) or page[end] in _AFTER_REF or page[end].isspace() else -1
+        if start >= 0:
+            yield start, end
+        at = page.find(ref, end if start >= 0 else at + 1)
+
+
+def _start_of(page: str, at: int) -> int:
+    """Where the mention of an element begins whose ref stands at `at`; -1 if it is none."""
+    line = page.rfind("\n", max(0, at - 81), at) + 1
+    if (line or at <= 80) and not page[line:at].strip(_INDENT):
+        return line
+    if page[max(0, at - 4) : at] in ("BID:", "ref=") and not (at > 4 and _is_letter(page[at - 5])):
+        return at - 4
+    return at - 1 if page[at - 1] in _BEFORE_REF else -1
+
+
+def _is_letter(character: str) -> bool:
+    return character.isalnum() or character == "_"

@@ -65,7 +65,8 @@ class Media:
         if "://" in self.url:
             files = commits.filesystem(self.url)
             if files.get_file_info(name).type == fs.FileType.NotFound:
-                with files.open_output_stream(name) as sink:
+                # deltalake takes bytes alone; what fits Arrow's buffer comes to it as bytes
+                with files.open_output_stream(name, buffer_size=len(data) + 1) as sink:
                     sink.write(data)
             return
         file = Path(self.url, name)

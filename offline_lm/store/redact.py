@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -104,25 +105,36 @@ class Redactor:
         """`episode` without its secrets; the same object if it holds none."""
         if self._off:
             return episode
-        texts = list(_texts(episode))
-        everything = "\n".join(texts)
-        words = self._patterns.words(everything)
-        named = not words.isdisjoint(_KEY_WORDS)
-        may_type = not words.isdisjoint(_typed.WORDS)
-        if not (named or may_type or self._patterns.may_match(everything, words)):
+        pieces = [_texts(episode), *map(_texts, episode.steps)]
+        joined = ["\n".join(piece) for piece in pieces]
+        words = [self._patterns.words(text) for text in joined]
+        named = [not some.isdisjoint(_KEY_WORDS) for some in words]
+        suspect = [
+            has_name or self._patterns.may_match(text, some)
+            for has_name, text, some in zip(named, joined, words, strict=True)
+        ]
+        may_type = any(not some.isdisjoint(_typed.WORDS) for some in words)
+        if not (may_type or any(suspect)):
             return episode
-        vault = _Vault(self.counts, texts)
+        vault = _Vault(self.counts, chain.from_iterable(pieces))
         typed = list(_typed.passwords(episode)) if may_type else []
         for _, literal in typed:
             vault.of(literal, "typed_password")
-        redacted = _rewrite(episode, self._search(words, vault), vault.hide if named else None)
+
+        def clean(part: T, i: int) -> T:
+            return _rewrite(part, self._search(words[i], vault), vault.hide if named[i] else None)
+
+        redacted = clean(episode, 0) if suspect[0] else episode
+        steps = [clean(step, i) if suspect[i] else step for i, step in enumerate(episode.steps, 1)]
+        if any(new is not old for new, old in zip(steps, episode.steps, strict=True)):
+            redacted = replace(redacted, steps=tuple(steps))
         if everywhere := vault.everywhere():
-            redacted = _rewrite(redacted, everywhere, None)
+            redacted = _everywhere(redacted, everywhere)
         redacted = _in_step(redacted, [(i, text) for i, text in typed if len(text) < _LEAST["typed_password"]], vault)
         return episode if redacted is episode else _without_traces(episode, redacted)
 
     def _search(self, words: frozenset[str], vault: _Vault) -> Change:
-        return lambda text: self._patterns.replace(text, words, lambda found, kind: vault.of(found, kind, count=True))
+        return self._patterns.replacer(words, lambda found, kind: vault.of(found, kind, count=True))
 
     def rejected(self, rejected: Rejected) -> Rejected:
         """`rejected` without secrets.
@@ -236,33 +248,40 @@ def _parts(secret: str) -> Iterator[str]:
 # --- walking an episode -------------------------------------------------------------------------------------
 
 
-def _texts(value: Any, depth: int = 0) -> Iterator[str]:
-    """Every text that an episode holds, names of keys included."""
+def _texts(value: Any) -> list[str]:
+    """Every text that a step holds, or an episode beside its steps, names of keys included."""
+    texts: list[str] = []
+    _collect(value, texts, 0)
+    return texts
+
+
+def _collect(value: Any, texts: list[str], depth: int) -> None:
     if type(value) is str:
-        yield value
+        texts.append(value)
         if "\\" in value and "\\u00" in value:  # JSON may write any letter so
-            yield re.sub(r"\\u00([0-7][0-9a-fA-F])", lambda m: chr(int(m[1], 16)), value)
-    elif depth > _DEEPEST:
+            texts.append(re.sub(r"\\u00([0-7][0-9a-fA-F])", lambda m: chr(int(m[1], 16)), value))
+    elif value is None or type(value) in _NO_TEXT or depth > _DEEPEST:
         return
     elif isinstance(value, dict):
         for key, item in value.items():
             if isinstance(key, str):
-                yield key
-            yield from _texts(item, depth + 1)
+                texts.append(key)
+            _collect(item, texts, depth + 1)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _texts(item, depth + 1)
+            _collect(item, texts, depth + 1)
     elif is_dataclass(value):
         for name in _names(type(value)):
-            if (item := getattr(value, name)) is not None:
-                yield from _texts(item, depth + 1)
+            _collect(getattr(value, name), texts, depth + 1)
+
+
+_NO_TEXT = (bool, int, float)
 
 
 @lru_cache
 def _names(kind: type) -> tuple[str, ...]:
-    """Fields that may hold text, an episode's steps last: its goal is seen first."""
-    names = tuple(field.name for field in fields(kind) if field.name not in _SKIPPED)
-    return (*names, "steps") if kind is Episode else names
+    """Fields that may hold text; not an episode's steps."""
+    return tuple(field.name for field in fields(kind) if field.name not in _SKIPPED)
 
 
 def _rewrite(value: T, change: Change, named: Callable[[Any], Any] | None, depth: int = 0) -> T:
@@ -284,12 +303,20 @@ def _rewrite(value: T, change: Change, named: Callable[[Any], Any] | None, depth
         changed = {}
         for name in _names(type(value)):
             old = getattr(value, name)
-            if old is not None and type(old) not in (bool, int, float):
+            if old is not None and type(old) not in _NO_TEXT:
                 inner = _json_text if name == "messages" and isinstance(value, Step) else _rewrite
                 if (new := inner(old, change, named, depth + 1)) is not old and new != old:
                     changed[name] = new
         return replace(value, **changed) if changed else value
     return value
+
+
+def _everywhere(episode: Episode, change: Change) -> Episode:
+    """`episode` with `change` on its texts and those of its steps."""
+    changed = _rewrite(episode, change, None)
+    steps = tuple([_rewrite(step, change, None) for step in episode.steps])
+    same = all(new is old for new, old in zip(steps, episode.steps, strict=True))
+    return changed if same else replace(changed, steps=steps)
 
 
 def _mapping(value: dict[Any, Any], change: Change, named: Callable[[Any], Any] | None, depth: int) -> dict[Any, Any]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from offline_lm import ingest, interop
+from offline_lm import ingest, interop, logs
 from offline_lm.errors import UserError
 from offline_lm.interop import processes
 from offline_lm.store import Store
@@ -97,11 +97,13 @@ def test_every_engine_makes_the_same_store(engine, workers, what, many, by_one_p
 
 
 @pytest.mark.parametrize("engine", ["ray", "daft"])
-def test_a_users_mistake_stays_one_line(engine, many, tmp_path, capsys):
+def test_a_users_mistake_stays_one_line(engine, tmp_path, monkeypatch):
     pytest.importorskip(engine, reason=f"{engine} is not installed (extra `{engine}`)")
-    argv = [f"path={many}", f"store={tmp_path / 'store'}", f"engine={engine}", "workers=2", "+options.nope=1"]
-    assert ingest.main(argv) == 2
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: source=jsonl does not know nope")
+    bundle = processes.Bundle((logs.Part("nope", tmp_path, 1),), 1)
+    monkeypatch.setattr(processes.Job, "bundles", lambda job: iter([bundle]))
+    job = processes.Job("jsonl", tmp_path, str(tmp_path), "i")
+    with pytest.raises(UserError, match=r"^source=nope is not a known log format[^\n]*$"):
+        list(ingest.engine(engine)(job, 2))
 
 
 @pytest.mark.parametrize("engine", ["ray", "daft"])

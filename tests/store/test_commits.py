@@ -66,8 +66,9 @@ for b in range(batches):
 """
 
 
-@pytest.mark.parametrize(("workers", "batches"), [(4, 6)])
-def test_many_writers_of_overlapping_batches_store_each_episode_once(tmp_path, workers, batches):
+def test_many_writers_of_overlapping_batches_store_each_episode_once(tmp_path):
+    """``WRITERS=8x25`` for 8 processes and 25 batches each."""
+    workers, batches = map(int, os.environ.get("WRITERS", "3x5").split("x"))
     url = str(tmp_path / "store")
     started = [subprocess.Popen([sys.executable, "-c", WRITER, url, str(w), str(batches)]) for w in range(workers)]
     assert [process.wait(timeout=250) for process in started] == [0] * workers

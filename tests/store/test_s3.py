@@ -24,7 +24,7 @@ pytest.importorskip("s3fs", reason="s3fs is not installed (extra `s3`)")
 pytest.importorskip("moto", reason="moto, the server to test with, is not installed")
 boto3 = pytest.importorskip("boto3", reason="boto3, the client to test with, is not installed")
 
-PNG = b"\x89PNG\r\n\x1a\n" + b"a picture" * 10
+PNG = b"\x89PNG\r\n\x1a\n" + os.urandom(3 << 20)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +142,7 @@ def test_large_columns_by_several_threads(bucket):
         }
         for i in range(5000)
     ]
+    table[7]["observation"] = os.urandom(3 << 20).hex()
     store.append("steps", table)
     for threads in (1, 4):
         with store.connect() as db:
@@ -217,8 +218,7 @@ def test_the_one_who_commits_second_starts_again(bucket):
 
 
 def test_pictures(bucket, tmp_path):
-    from upath import UPath
-
+    UPath = pytest.importorskip("upath").UPath
     sha256 = hashlib.sha256(PNG).hexdigest()
     (tmp_path / "shot.png").write_bytes(PNG)
     upload(tmp_path, f"{bucket}/log")
