@@ -61,14 +61,17 @@ class Patterns:
         active = [one for one in self._patterns if not one[2] or not words.isdisjoint(one[2])]
         starts = words.intersection(chain.from_iterable(one[2] for one in active))
         always = any(not one[2] for one in active)
+        shortest = 1 if always else min(map(len, starts), default=1)
 
         def replace(text: str) -> str:
+            if len(text) < shortest:
+                return text
             if len(text) > _SHORT and len(starts) > _FEW:
                 here = starts & self._screen(text)
             else:
-                folded = _fold(text)
-                here = frozenset([word for word in starts if word in folded])
-            return _replace(text, active, here, put) if here or always else text
+                folded = text.lower()
+                here = [word for word in starts if word in folded]
+            return _replace(text, active, frozenset(here), put) if here or always else text
 
         return replace
 

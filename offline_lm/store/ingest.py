@@ -259,14 +259,14 @@ class Writer:
             self._known.refresh(files)
             before, sort = sort, self._known.sort(ids, hashes)
             if committed is None or not np.array_equal(before, sort):
-                committed = episodes.filter(pa.array(sort == _NEW))
+                committed = _where(episodes, sort == _NEW)
             return committed
 
         first = new(self.store.files("episodes"))
         if self.mode == "strict" and (sort == _TAKEN).any():
             raise _strict(self._conflict(episodes, int(np.argmax(sort == _TAKEN))))
         if first.num_rows:
-            self.store.append("steps", steps.filter(pa.array(np.repeat(sort == _NEW, rows_of))))
+            self.store.append("steps", _where(steps, np.repeat(sort == _NEW, rows_of)))
             self.store.append_checked("episodes", new)
         self._counts["accepted"] += int((sort == _NEW).sum())
         self._counts["steps"] += sum(episodes["n_steps"].filter(pa.array(sort == _NEW)).to_pylist())
@@ -313,6 +313,11 @@ class _Known:
                 new_ids.add(id_)
                 new_hashes.add(digest)
         return result
+
+
+def _where(table: pa.Table, mask: np.ndarray) -> pa.Table:
+    """`table` where `mask`; itself, not a copy, if that is everywhere."""
+    return table if mask.all() else table.filter(pa.array(mask))
 
 
 def _digests(column: pa.ChunkedArray) -> list[bytes]:

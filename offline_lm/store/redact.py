@@ -321,7 +321,8 @@ def _everywhere(episode: Episode, change: Change) -> Episode:
 
 def _mapping(value: dict[Any, Any], change: Change, named: Callable[[Any], Any] | None, depth: int) -> dict[Any, Any]:
     result, same = {}, True
-    header = named is not None and any(_is_header(value.get(key)) for key in ("name", "key", "header"))
+    header = named is not None and "value" in value
+    header = header and any(_is_header(value.get(key)) for key in ("name", "key", "header"))
     token = "logprob" in value or "token_id" in value  # a token of a language model
     for key, old in value.items():
         new_key = change(key) if type(key) is str else key

@@ -189,6 +189,10 @@ def _floats(row: dict[str, Any], names: tuple[str, ...] | list[str]) -> dict[str
     return row
 
 
+_WHOLE = frozenset({str, int, bool, type(None)})
+"""Types of nearly all values; they hold no float."""
+
+
 def _numbers(value: Any, path: str) -> Iterator[tuple[str, float]]:
     if isinstance(value, float):
         yield path, value
@@ -203,7 +207,7 @@ def _numbers(value: Any, path: str) -> Iterator[tuple[str, float]]:
 def _check_finite(episode: dict[str, Any], steps: list[dict[str, Any]]) -> None:
     for where, row in (("episode", episode), *((f"step {step['step']}", step) for step in steps)):
         for name, value in row.items():
-            if isinstance(value, float | dict | list | tuple):
+            if type(value) not in _WHOLE:
                 for path, number in _numbers(value, name):
                     if not math.isfinite(number):
                         raise Invalid("non_finite", f"{where}: {path} is {number}")
