@@ -95,7 +95,7 @@ def log_path(text: str) -> Path:
         from upath import UPath  # pyright: ignore[reportMissingImports] (an extra)
     except ModuleNotFoundError:
         raise UserError(f"path={text} needs `pip install 'offline_lm[s3]'`") from None
-    return UPath(text)
+    return UPath(text)  # type: ignore[return-value]
 
 
 def summary(counts: dict[str, Any], store: str) -> str:

@@ -9,6 +9,8 @@ import pytest
 
 from offline_lm import query
 from offline_lm.store import Store
+from offline_lm.store.ingest import add
+from offline_lm.types import Episode, Step
 
 
 @pytest.fixture
@@ -168,3 +170,19 @@ def test_macros_take_parameters(ask):
 def test_duckdb_still_reports_the_place_as_we_read_it():
     with duckdb.connect() as db, pytest.raises(duckdb.Error, match='"position":"7"'):
         db.execute("SET errors_as_json = true").execute("SELECT nope")
+
+
+def test_a_store_as_it_was(ask, store):
+    for name in ("1", "2"):
+        step = Step(step=0, observation="o", action=name)
+        add(store, [Episode(source="test", native_id=name, steps=(step,))])
+    store.append("runs", [{"run_id": "q-1", "status": "finished", "store_versions": json.dumps({"episodes": 1})}])
+    counts = {}
+    for version in ("0", "1", "q-1", "null"):
+        _, out, _ = ask("SELECT count(*) FROM steps", "format=csv", f"version={version}")
+        counts[version] = out.splitlines()[-1]
+    assert counts == {"0": "0", "1": "1", "q-1": "1", "null": "2"}
+    code, _, err = ask("SELECT 1", "version=7")
+    assert code == 2
+    assert "version 7 of episodes does not exist; the newest is 2" in err
+    assert "no run `nobody`" in ask("SELECT 1", "version=nobody")[2]

@@ -5,19 +5,13 @@ references). So the footer's sizes are looked at before anything is read, string
 their row is known, and a row or row group that is too large is refused.
 
 A damaged footer can also abort the process that reads it (an exception in Arrow's C++ that nothing catches), and pages
-can lie about their size. So the reading is done by a child process with a limit on its memory.
+can lie about their size. So a child process reads (`_child`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import os
-import shutil
-import struct
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -28,6 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from offline_lm.logs import _child
+from offline_lm.logs._child import Item
 from offline_lm.logs._files import MAX_BYTES, TOTAL_BYTES, Damaged, Record, open_file
 from offline_lm.logs._records import MAX_DEPTH, Bad
 
@@ -35,14 +31,8 @@ GROUP_BYTES = TOTAL_BYTES
 """Most uncompressed bytes of a row group, by the footer."""
 GROUP_VALUES = 64 << 20
 """Most values of a row group, all columns together: an encoding says a million of them in a byte."""
-CHILD_BYTES = 3 << 30
-"""Most address space of the process that reads; its memory is far less, this stops what lies about its size."""
 _ROWS = 64
 _FOOTER = 1 << 20
-_FRAME = struct.Struct("<cqI")
-"""What the child writes: a kind (Row, Bad or Damaged), an index, a length; so many bytes follow."""
-
-Item = Record | Damaged | tuple[int, Bad]
 
 
 def is_parquet(path: Path) -> bool:
@@ -69,72 +59,8 @@ def rows(path: Path) -> Iterator[Item]:
 
     Not a number is what pandas writes for null, and read so. Bytes are replaced by their hash. A file that cannot be
     read further ends with a Damaged. Refused with ``too_large``: a row group by its footer, a row by its real size.
-
     """
-    try:
-        stream = open_file(path)
-    except Damaged as why:
-        yield why
-        return
-    with stream, _on_disk(stream) as file:
-        command = [sys.executable, "-c", f"from {__name__} import serve; serve()"]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [*sys.path, os.getcwd()]))}
-        child = subprocess.Popen(
-            command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
-        )
-        assert child.stdout is not None
-        try:
-            yield from _frames(child.stdout)
-            if code := child.wait():
-                yield Damaged(f"Arrow gave up on it, code {code}")
-        finally:
-            child.stdout.close()
-            child.kill()
-            child.wait()
-
-
-def _on_disk(stream: IO[bytes]) -> IO[bytes]:
-    """A file that another process can read: the stream itself, or a copy of one from an object store."""
-    try:
-        stream.fileno()
-    except OSError:
-        copy = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
-        shutil.copyfileobj(stream, copy, 1 << 20)
-        copy.seek(0)
-        return copy
-    return stream
-
-
-def _frames(stream: IO[bytes]) -> Iterator[Item]:
-    while len(head := stream.read(_FRAME.size)) == _FRAME.size:
-        kind, index, length = _FRAME.unpack(head)
-        data = stream.read(length)
-        if len(data) < length:
-            return
-        if kind == b"R":
-            yield Record(index, data, hashlib.sha256(data).hexdigest(), False)
-        elif kind == b"B":
-            yield index, Bad(*orjson.loads(data))
-        else:
-            yield Damaged(data.decode())
-
-
-def serve() -> None:
-    """The child: reads the Parquet file that is its standard input, and writes frames."""
-    if sys.platform == "linux":
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (CHILD_BYTES, CHILD_BYTES))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for item in read_rows(sys.stdin.buffer.raw):  # type: ignore[attr-defined]
-        if isinstance(item, Record):
-            kind, index, data = b"R", item.offset, item.data
-        elif isinstance(item, Damaged):
-            kind, index, data = b"D", 0, str(item).encode("utf-8", "replace")
-        else:
-            kind, index, data = b"B", item[0], orjson.dumps([item[1].reason, item[1].message])
-        sys.stdout.buffer.write(_FRAME.pack(kind, index, len(data)) + data)
-    sys.stdout.buffer.flush()
+    return _child.read(path, read_rows)
 
 
 def read_rows(stream: IO[bytes]) -> Iterator[Item]:

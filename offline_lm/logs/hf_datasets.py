@@ -2,7 +2,7 @@
 
 Layout: ``dataset_info.json``, ``state.json`` and files ``data-*.arrow``, Arrow streams. A row is one episode, an
 object of the `jsonl` format; its nested objects may be JSON text (`OBJECTS`), its times Arrow timestamps. The files
-are read with pyarrow, batch by batch: `datasets` is not needed, and none of its code runs. Rows are taken as they lie
+are read with pyarrow, batch by batch, by a child process: `datasets` is not needed, and none of its code runs. Rows are taken as they lie
 on disk: `select` or `filter` writes them anew when it saves, so there is no map of indices to follow; the files
 ``cache-*.arrow`` that `datasets` leaves in a folder that it worked on are none of its rows.
 
@@ -22,9 +22,10 @@ from typing import IO, Any
 import orjson
 import pyarrow as pa
 
-from offline_lm.logs import _exact, _files
+from offline_lm.logs import _child, _exact, _files
 from offline_lm.logs._adapters import Sample, damaged, rejected
-from offline_lm.logs._files import MAX_BYTES, Damaged, Record
+from offline_lm.logs._child import Item
+from offline_lm.logs._files import MAX_BYTES, Damaged, Record, TooLarge
 from offline_lm.logs._records import Bad, parse
 from offline_lm.logs.jsonl import _episode as to_episode
 from offline_lm.types import Episode, Rejected
@@ -59,18 +60,17 @@ def _read_folder(folder: Path) -> Iterator[Episode | Rejected]:
         return
     index = 0
     for file in files:
-        for row in _rows(file):
+        for row in _child.read(file, read_rows):
             if isinstance(row, Damaged):
                 yield damaged(SOURCE, file, row, index)
                 break
             data = b""
             try:
-                data = _json(row)
-                if len(data) > MAX_BYTES:
-                    raise Bad("too_large", f"the row is longer than {MAX_BYTES} bytes; shorten its pages")
-                record = Record(index, data, hashlib.sha256(data).hexdigest(), False)
+                if not isinstance(row, Record):
+                    raise row[1]
+                data = row.data
                 value = _unpacked(parse(data), index)
-                episode = to_episode(value, record, str(file), folder.name)
+                episode = to_episode(value, row._replace(offset=index), str(file), folder.name)
                 yield episode if _exact.is_exact(value) else replace(episode, source=SOURCE)
             except Bad as bad:
                 yield rejected(SOURCE, file, bad, index, data)
@@ -90,25 +90,38 @@ def _listed(folder: Path) -> list[Path]:
     return [folder / str(name) for name in names]
 
 
-def _rows(file: Path) -> Iterator[pa.RecordBatch | Damaged]:
+def read_rows(stream: IO[bytes]) -> Iterator[Item]:
+    """Every row of an Arrow stream as JSON; `_child` runs it, for compressed batches may be of any size."""
+    size = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    index = 0
     try:
-        size = file.stat().st_size
-        with _files.open_log(file) as stream, pa.ipc.open_stream(_Capped(stream, size)) as reader:
+        with pa.ipc.open_stream(_Capped(stream, size)) as reader:
             for batch in reader:
                 batch.validate(full=True)
                 for i in range(batch.num_rows):
-                    yield batch.slice(i, 1)
-    except Damaged as error:
-        yield error
+                    try:
+                        data = _json(batch.slice(i, 1))
+                        yield Record(index, data, hashlib.sha256(data).hexdigest(), False)
+                    except Bad as bad:
+                        yield index, bad
+                    index += 1
+    except MemoryError:
+        yield TooLarge("a batch needs more memory than it may have; save the dataset in smaller ones")
     except (OSError, UnicodeDecodeError, ValueError, pa.ArrowException) as error:
         yield Damaged(str(error).splitlines()[0] if str(error) else type(error).__name__)
 
 
 def _json(row: pa.RecordBatch) -> bytes:
+    if row.nbytes > MAX_BYTES:
+        raise Bad("too_large", f"the row is longer than {MAX_BYTES} bytes; shorten its pages")
     try:
-        return orjson.dumps(row.to_pylist()[0], default=_refuse)
+        data = orjson.dumps(row.to_pylist()[0], default=_refuse)
     except (TypeError, ValueError, OverflowError) as error:  # bytes, an integer over 64 bits, a time without a date
         raise Bad("wrong_type", f"the row cannot be said in JSON: {error}") from None
+    if len(data) > MAX_BYTES:
+        raise Bad("too_large", f"the row is longer than {MAX_BYTES} bytes; shorten its pages")
+    return data
 
 
 class _Capped(io.RawIOBase):

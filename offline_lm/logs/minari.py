@@ -9,22 +9,28 @@ A dataset that `offline_lm.export` wrote holds every other column in ``infos`` (
 gives back the very episodes, source and identity included. Of other datasets ``infos`` go to the steps' ``extra``.
 
 Links to other files, virtual and external data sets are refused (``outside_file``): they would read what nobody named.
-A damaged file can send libhdf5 into a loop without end: read files of strangers in a process that may be stopped.
+A damaged file can send libhdf5 into a loop without end, so a child process reads (`_child`).
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import orjson
 
 from offline_lm.errors import UserError
-from offline_lm.logs import _exact, _files
-from offline_lm.logs._adapters import Sample, need, numbered, rejected, take, to_json
-from offline_lm.logs._files import TOTAL_BYTES, Damaged
-from offline_lm.logs._records import Bad, parse
+from offline_lm.logs import _child, _exact, _files
+from offline_lm.logs._adapters import Sample, damaged, need, numbered, rejected, take, to_json
+from offline_lm.logs._child import Item
+from offline_lm.logs._files import TOTAL_BYTES, Damaged, Record, TooLarge
+from offline_lm.logs._records import MAX_DEPTH, Bad, parse
 from offline_lm.types import Episode, Rejected
 
 SOURCE = "minari"
@@ -56,28 +62,28 @@ def read(path: Path) -> Iterator[Episode | Rejected]:
 
 
 def _read_folder(folder: Path) -> Iterator[Episode | Rejected]:
-    try:
-        import h5py
-    except ModuleNotFoundError as error:
-        raise UserError("source=minari needs h5py: pip install 'offline_lm[minari]'") from error
+    if find_spec("h5py") is None:
+        raise UserError("source=minari needs h5py: pip install 'offline_lm[minari]'")
     path = folder / _DATA
     try:
         metadata = _metadata(folder)
-        with path.open("rb") as stream, h5py.File(stream, "r") as file:
-            block = max(1, TOTAL_BYTES // max(path.stat().st_size, 1))
-            for number in _episode_numbers(file):
-                try:
-                    yield _episode(_Group(file, f"episode_{number}", block), number, metadata, path)
-                except Bad as bad:
-                    yield rejected(SOURCE, path, bad, number)
+        for name in ("observation_space", "action_space"):
+            _check_space(metadata[name], name)
     except Bad as bad:
         yield rejected(SOURCE, path, bad)
-    except _H5 as error:
-        yield rejected(SOURCE, path, _damage(error))
-
-
-def _damage(error: Exception) -> Bad:
-    return Bad("damaged_file", f"HDF5 cannot read it ({str(error).splitlines()[0][:100]}); mend or fetch it again")
+        return
+    for item in _child.read(path, read_groups):
+        if isinstance(item, Damaged):
+            yield damaged(SOURCE, path, item)
+            return
+        number, bad = (item.offset, None) if isinstance(item, Record) else item
+        try:
+            if bad is not None:
+                raise bad
+            assert isinstance(item, Record)
+            yield _episode(orjson.loads(item.data), number, metadata, path)
+        except Bad as why:
+            yield rejected(SOURCE, path, why, number)
 
 
 def _metadata(folder: Path) -> dict[str, Any]:
@@ -85,8 +91,8 @@ def _metadata(folder: Path) -> dict[str, Any]:
         raise Bad("missing_key", f"{_METADATA} is not beside {_DATA}; fetch the whole dataset")
     try:
         data, more = _files.whole(folder / _METADATA)
-    except Damaged as damaged:
-        raise Bad("damaged_file", f"{_METADATA}: {damaged}") from None
+    except Damaged as why:
+        raise Bad("damaged_file", f"{_METADATA}: {why}") from None
     if more:
         raise Bad("too_large", f"{_METADATA} is longer than {len(data)} bytes")
     value = parse(data)
@@ -97,6 +103,42 @@ def _metadata(folder: Path) -> dict[str, Any]:
     return value
 
 
+# --- from HDF5 to JSON, in the child -------------------------------------------------------------------------
+
+
+def read_groups(stream: IO[bytes]) -> Iterator[Item]:
+    """Every episode's arrays as JSON: lists, in objects named as the groups are."""
+    import h5py
+
+    try:
+        size = stream.seek(0, io.SEEK_END)
+        stream.seek(0)
+        with h5py.File(stream, "r") as file:
+            block = max(1, TOTAL_BYTES // max(size, 1))
+            for number in _episode_numbers(file):
+                try:
+                    data = orjson.dumps(_arrays(_Group(file, f"episode_{number}", block)))
+                    yield Record(number, data, hashlib.sha256(data).hexdigest(), False)
+                except Bad as bad:
+                    yield number, bad
+                except _H5 as error:
+                    yield number, _damage(error)
+    except Bad as bad:
+        yield 0, bad
+    except MemoryError:
+        yield TooLarge("it needs more memory than it may have; write shorter episodes")
+    except _H5 as error:
+        yield Damaged(f"HDF5: {_told(error)}")
+
+
+def _damage(error: Exception) -> Bad:
+    return Bad("damaged_file", f"HDF5 cannot read it ({_told(error)}); mend or fetch it again")
+
+
+def _told(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:100]
+
+
 def _episode_numbers(file: Any) -> list[int]:
     found = [name[8:] for name in file if name.startswith("episode_") and name[8:].isdecimal()]
     if not found:
@@ -104,11 +146,25 @@ def _episode_numbers(file: Any) -> list[int]:
     return sorted(map(int, found))
 
 
+def _arrays(group: _Group) -> dict[str, Any]:
+    found: dict[str, Any] = {name: group.tree(name) for name in ("observations", "actions")}
+    found |= {name: group.values(name) for name in _ARRAYS}
+    if any(type(reward) is float and math.isinf(reward) for reward in found["rewards"]):
+        raise Bad("json_number", "a reward is infinite; write NaN for what was not logged")
+    if "infos" in group:
+        infos = group.below("infos")
+        found["infos"] = {name: infos.values(name) for name in infos.names() if not infos.is_group(name)}
+    seed = group.group.attrs.get("seed")
+    return found | {"seed": int(seed) if seed is not None and math.isfinite(seed) else None}
+
+
 class _Group:
     """A group of an HDF5 file that follows no link out of it, and reads bounded pieces."""
 
-    def __init__(self, parent: Any, name: str, block: int) -> None:
-        self.group, self.block = _inside(parent, name), block
+    def __init__(self, parent: Any, name: str, block: int, depth: int = 0) -> None:
+        self.group, self.block, self.depth = _inside(parent, name), block, depth
+        if depth > MAX_DEPTH:
+            raise Bad("too_deep", f"groups nested more than {MAX_DEPTH} levels deep; flatten them")
         if not _is_group(self.group):
             raise Bad("wrong_type", f"{name} is no group")
 
@@ -116,13 +172,20 @@ class _Group:
         return name in self.group
 
     def below(self, name: str) -> _Group:
-        return _Group(self.group, name, self.block)
+        return _Group(self.group, name, self.block, self.depth + 1)
 
     def names(self) -> list[str]:
         return list(self.group)
 
     def is_group(self, name: str) -> bool:
         return _is_group(_inside(self.group, name))
+
+    def tree(self, name: str) -> Any:
+        """The values of a data set, or those of a group's data sets by their names."""
+        if not self.is_group(name):
+            return self.values(name)
+        below = self.below(name)
+        return {inner: below.tree(inner) for inner in below.names()}
 
     def values(self, name: str) -> list[Any]:
         """The elements of a data set: text, numbers, or nested lists of numbers."""
@@ -178,34 +241,33 @@ def _text(item: Any, name: str) -> str:
         raise Bad("invalid_utf8", f"{name} is not UTF-8; re-encode it") from None
 
 
-def _episode(group: _Group, number: int, metadata: dict[str, Any], path: Path) -> Episode:
-    try:
-        seen = _decoded(group, "observations", metadata["observation_space"])
-        did = _decoded(group, "actions", metadata["action_space"])
-        rewards, ends, cuts = (group.values(name) for name in _ARRAYS)
-        lengths = {name: len(group_) for name, group_ in (("actions", did), ("rewards", rewards))}
-        lengths |= {"terminations": len(ends), "truncations": len(cuts), "observations": len(seen) - 1}
-        if len(set(lengths.values())) > 1:
-            told = ", ".join(f"{name} {count}" for name, count in lengths.items())
-            raise Bad("length_mismatch", f"the arrays differ in length ({told} and one more); write one a step")
-        shown = [
-            {
-                "observation": _shown(s),
-                "action": _shown(a),
-                "reward": _reward(r),
-                "terminated": bool(e),
-                "truncated": bool(c),
-            }
-            for s, a, r, e, c in zip(seen, did, rewards, ends, cuts, strict=False)
-        ]
-        shown.append({"observation": _shown(seen[-1]), "is_final_observation": True})
-        infos = group.below("infos") if "infos" in group else None
-        if infos and "episode" in infos and "step" in infos:
-            return _ours(infos, shown)
-        seed = group.group.attrs.get("seed")
-        extras = _extras(infos, len(shown)) if infos else [{}] * len(shown)
-    except _H5 as error:
-        raise _damage(error) from None
+# --- from JSON to episodes -----------------------------------------------------------------------------------
+
+
+def _episode(arrays: dict[str, Any], number: int, metadata: dict[str, Any], path: Path) -> Episode:
+    seen = _decoded(arrays["observations"], "observations", metadata["observation_space"])
+    did = _decoded(arrays["actions"], "actions", metadata["action_space"])
+    rewards, ends, cuts = (arrays[name] for name in _ARRAYS)
+    lengths = {name: len(values) for name, values in (("actions", did), ("rewards", rewards))}
+    lengths |= {"terminations": len(ends), "truncations": len(cuts), "observations": len(seen) - 1}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{name} {count}" for name, count in lengths.items())
+        raise Bad("length_mismatch", f"the arrays differ in length ({told} and one more); write one a step")
+    shown = [
+        {
+            "observation": _shown(s),
+            "action": _shown(a),
+            "reward": _reward(r),
+            "terminated": bool(e),
+            "truncated": bool(c),
+        }
+        for s, a, r, e, c in zip(seen, did, rewards, ends, cuts, strict=False)
+    ]
+    shown.append({"observation": _shown(seen[-1]), "is_final_observation": True})
+    infos = arrays.get("infos", {})
+    if "episode" in infos and "step" in infos:
+        return _ours(infos, shown)
+    extras = _extras(infos, len(shown))
     known = [reward for reward in (step.get("reward") for step in shown) if reward is not None]
     complete = len(known) == len(did)
     for step, extra in zip(shown, extras, strict=True):
@@ -217,7 +279,7 @@ def _episode(group: _Group, number: int, metadata: dict[str, Any], path: Path) -
         native_id=f"episode_{number}",
         dataset=take(metadata, "dataset_id", str, _METADATA) or path.parent.name,
         steps=numbered(shown),
-        seed=int(seed) if seed is not None and math.isfinite(seed) else None,
+        seed=arrays["seed"],
         outcome_reward=math.fsum(known) if complete and known else None,
         terminated=bool(ends[-1]) if ends else None,
         truncated=bool(cuts[-1]) if cuts else None,
@@ -226,21 +288,38 @@ def _episode(group: _Group, number: int, metadata: dict[str, Any], path: Path) -
     )
 
 
-def _decoded(group: _Group, name: str, space: Any) -> list[Any]:
-    """What lies under `name`, an element a step."""
-    kind = need(space, "type", str, "space")
-    if kind == "Text" or (kind in _NUMBERS and not _is_picture(space)):
-        return group.values(name)
+def _check_space(space: Any, name: str) -> None:
+    """Raises Bad if the space, or a part of it, is one that has no form here."""
+    kind = need(space, "type", str, name)
     if kind in ("Dict", "Tuple"):
-        parts = need(space, "subspaces", (dict, list), "space")
-        named = parts.items() if isinstance(parts, dict) else ((f"_index_{i}", part) for i, part in enumerate(parts))
-        below = group.below(name)
-        columns = {key: _decoded(below, key, part) for key, part in named}
-        if len({len(column) for column in columns.values()}) != 1:
-            raise Bad("length_mismatch", f"the parts of {name} differ in length")
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        return rows if kind == "Dict" else [list(row.values()) for row in rows]
-    raise Bad("unsupported_space", f"{name} has a space of type {kind[:40]} that is no text and no small array")
+        for inner, part in _parts(space):
+            _check_space(part, f"{name}.{inner}")
+    elif kind != "Text" and (kind not in _NUMBERS or _is_picture(space)):
+        raise Bad("unsupported_space", f"{name} has a space of type {kind[:40]} that is no text and no small array")
+
+
+def _parts(space: dict[str, Any]) -> list[tuple[str, Any]]:
+    parts = need(space, "subspaces", (dict, list), "space")
+    return list(parts.items()) if isinstance(parts, dict) else [(f"_index_{i}", p) for i, p in enumerate(parts)]
+
+
+def _decoded(values: Any, name: str, space: dict[str, Any]) -> list[Any]:
+    """What lies under `name`, an element a step."""
+    if space["type"] not in ("Dict", "Tuple"):
+        if not isinstance(values, list):
+            raise Bad("wrong_type", f"{name} is no data set")
+        return values
+    if not isinstance(values, dict):
+        raise Bad("wrong_type", f"{name} is no group")
+    columns = {}
+    for key, part in _parts(space):
+        if key not in values:
+            raise Bad("missing_key", f"{name}/{key} is missing; it must be there")
+        columns[key] = _decoded(values[key], f"{name}/{key}", part)
+    if len({len(column) for column in columns.values()}) != 1:
+        raise Bad("length_mismatch", f"the parts of {name} differ in length")
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return rows if space["type"] == "Dict" else [list(row.values()) for row in rows]
 
 
 def _is_picture(space: dict[str, Any]) -> bool:
@@ -253,23 +332,23 @@ def _shown(value: Any) -> str:
 
 
 def _reward(value: Any) -> float | None:
-    if type(value) not in (int, float, bool):
+    """NaN is null by now, in JSON."""
+    if value is not None and type(value) not in (int, float, bool):
         raise Bad("wrong_type", "rewards must be numbers, one a step")
-    return None if math.isnan(value) else float(value)
+    return None if value is None else float(value)
 
 
-def _extras(infos: _Group, length: int) -> list[dict[str, Any]]:
+def _extras(infos: dict[str, list[Any]], length: int) -> list[dict[str, Any]]:
     """Infos of each step, where there is one for each observation."""
     extras: list[dict[str, Any]] = [{} for _ in range(length)]
-    for name in infos.names():
-        values = [] if infos.is_group(name) else infos.values(name)
+    for name, values in infos.items():
         if len(values) == length:
             for extra, value in zip(extras, values, strict=True):
                 extra[name] = value
     return extras
 
 
-def _ours(infos: _Group, shown: list[dict[str, Any]]) -> Episode:
+def _ours(infos: dict[str, list[Any]], shown: list[dict[str, Any]]) -> Episode:
     """The episode that `offline_lm.interop.minari` was given: what the arrays do not say stands in ``infos``."""
     value, rest = (_objects(infos, name) for name in ("episode", "step"))
     if len(value) != 1 or len(rest) != len(shown):
@@ -283,8 +362,8 @@ def _ours(infos: _Group, shown: list[dict[str, Any]]) -> Episode:
     return _exact.read(value[0] | {"steps": steps})
 
 
-def _objects(infos: _Group, name: str) -> list[dict[str, Any]]:
-    values = [parse(_shown(text).encode()) for text in infos.values(name)]
+def _objects(infos: dict[str, list[Any]], name: str) -> list[dict[str, Any]]:
+    values = [parse(_shown(text).encode()) for text in infos[name]]
     if not all(type(value) is dict for value in values):
         raise Bad("wrong_type", f"infos/{name} must hold JSON objects")
     return values
