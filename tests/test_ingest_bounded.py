@@ -48,8 +48,6 @@ def status(pid: int, key: str) -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), 0)
 
 
-
-
 def ingest(
     path: Path, store: Path, workers: int, watch: Callable[[int], None] | None = None
 ) -> tuple[int, dict[str, int], str, float]:
@@ -77,12 +75,9 @@ def ingest(
 def content(store: Path) -> list[tuple]:
     """Rows and a hash of both tables, whatever the order of the rows and the ingest."""
     with Store.open(store).connect() as db:
-        return [
-            db.sql(
-                f"SELECT count(*), bit_xor(hash(t)), sum(hash(t)::HUGEINT) FROM (SELECT * EXCLUDE (ingest_id) FROM {table}) t"
-            ).fetchall()[0]
-            for table in ("episodes", "steps")
-        ]
+        tables = ("(SELECT * EXCLUDE (ingest_id) FROM episodes)", "steps")
+        hashed = "SELECT count(*), bit_xor(hash(t)), sum(hash(t)::HUGEINT)"
+        return [db.sql(f"{hashed} FROM {table} AS t").fetchall()[0] for table in tables]
 
 
 def test_memory_is_bounded_and_two_workers_make_the_same_store(tmp_path):
@@ -109,7 +104,7 @@ def test_a_killed_worker_is_told_and_the_same_command_completes(tmp_path):
 
     def kill(pid: int) -> None:
         """One worker, when the first commit is on the disk."""
-        if killed or not (store / "episodes" / "_delta_log" / f"{1:020}.json").exists():
+        if killed or not (store / "tables" / "episodes" / "_delta_log" / f"{1:020}.json").exists():
             return
         for child in below(pid):
             if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():

@@ -214,7 +214,9 @@ def miniwob_demos(draw: Draw, pages: Pages, number: int) -> JSON:
 
 def adp(draw: Draw, pages: Pages, number: int) -> JSON:
     length, login = _steps(draw)
-    content: list[JSON] = [{"class_": "text_observation", "content": words(draw, 8, 40), "name": None, "source": "user"}]
+    content: list[JSON] = [
+        {"class_": "text_observation", "content": words(draw, 8, 40), "name": None, "source": "user"}
+    ]
     for i in range(length):
         page, url = pages.page(14_000, login=i == login), f"https://shop.example.org/{draw.getrandbits(40):x}"
         name, args = action(pages, i, login)
@@ -326,7 +328,7 @@ def ingest(log: Path, source: str, store: Path, workers: int) -> Run:
     report = json.loads(printed.splitlines()[-1])
     if report["accepted"] != report["read"]:
         raise SystemExit(f"not every episode was accepted: {report}")
-    return Run(report, seconds, usage.ru_utime + usage.ru_stime, max(peak, usage.ru_maxrss * 1024) / 1e6)
+    return Run(report, seconds, usage.ru_utime + usage.ru_stime, peak / 1e6)
 
 
 def rows(names: list[str], size: int, repeats: int, workers: int, scratch: Path) -> list[JSON]:
@@ -422,7 +424,9 @@ def main(argv: list[str]) -> None:
     for row in table:
         print("  ".join(f"{value!s:>14}" for value in row.values()))
     peaks = result["memory"]["peak_mb"]
-    print(f"\npeak memory with {size / 1e6:.0f} MB of jsonl: {peaks['1x']} MB; with ten times as much: {peaks['10x']} MB")
+    print(
+        f"\npeak memory with {size / 1e6:.0f} MB of jsonl: {peaks['1x']} MB; with ten times as much: {peaks['10x']} MB"
+    )
     print(f"load {result['versions']['load']} on {os.cpu_count()} cores")
     print(f"\npython {' '.join([os.path.relpath(__file__), *argv])}")
 

@@ -29,7 +29,7 @@ from offline_lm.types import Episode, Rejected
 BUNDLE_BYTES = 8 << 20
 BUNDLE_PARTS = 256
 AHEAD = 4
-"""Bundles that are handed to each worker before the oldest is done, and chunks that wait in each: what bounds memory."""
+"""Bundles that are handed to each worker before the oldest is done, and chunks that wait in each: it bounds memory."""
 
 
 class Bundle(NamedTuple):
@@ -140,14 +140,15 @@ class _Worker(NamedTuple):
         while True:
             try:
                 item = self.made.get(timeout=1)
-            except queue.Empty:
-                if self.process.is_alive():
+            except (queue.Empty, EOFError, OSError) as error:  # the end of the pipe, maybe within a chunk
+                if isinstance(error, queue.Empty) and self.process.is_alive():
                     continue
+                self.process.join()
                 first = bundle.parts[0]
                 where = first.path if isinstance(first, logs.Part) else first.uri
                 raise UserError(
-                    f"the worker that read {where} or what follows died (exit code {self.process.exitcode}), most likely for want of "
-                    "memory: run the same command with fewer workers=; what was accepted stays"
+                    f"the worker that read {where} or what follows died (exit code {self.process.exitcode}), most "
+                    "likely for want of memory: run the same command with fewer workers=; what was accepted stays"
                 ) from None
             if item is None:
                 return
@@ -164,9 +165,11 @@ def _started(job: Job, count: int) -> Iterator[list[_Worker]]:
     workers = []
     try:
         for _ in range(count):
-            tasks, made = context.SimpleQueue(), context.Queue(AHEAD)
+            tasks: Any = context.SimpleQueue()
+            made: Any = context.Queue(AHEAD)
             process = context.Process(target=_work, args=(job, tasks, made), daemon=True)
             process.start()
+            made._writer.close()  # now the worker alone holds that end, so its death ends a chunk that it was sending
             workers.append(_Worker(process, tasks, made))
         yield workers
     finally:

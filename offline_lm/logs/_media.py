@@ -1,13 +1,14 @@
 """Images of a log as the store's ``screenshot``: a hash, a type, and whether the picture is there.
 
 Here a screenshot is a dict with ``sha256``, ``mime`` and ``status``, and, where there is a picture, either ``data``
-(its bytes) or ``path`` (a Path, the file that holds it): the store keeps the picture beside the tables under its hash, and
-drops these two keys. ``status`` is one of
+(its bytes) or ``path`` (a Path, the file that holds it): the store keeps the picture beside the tables under its hash,
+and drops these two keys. ``status`` is one of
 
 - ``ok``: there was a picture (the store says ``stored`` once it has it)
 - ``missing``: the log names a file that is not there
 - ``lfs_pointer``: a Git LFS pointer stands in its place; ``sha256`` is that of the real picture
 - ``removed``: the writer took it out (a placeholder, or base64 cut from the messages)
+- ``too_large``: there is a file, or bytes, longer than MAX_IMAGE; it is left where it is
 - ``damaged``: there are bytes, but not those of a picture
 """
 
@@ -15,12 +16,14 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import hashlib
 import re
 from pathlib import Path
 from typing import Any
 
 MAX_IMAGE = 64 << 20
+"""Longest picture that is kept, in bytes."""
 _LFS = re.compile(rb"\Aversion https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\n")
 _DATA_URL = re.compile(r"\Adata:[\w/+.-]*;base64,")
 _MAGIC = (
@@ -41,12 +44,27 @@ def removed() -> dict[str, Any]:
     return {"sha256": None, "mime": None, "status": "removed"}
 
 
+def too_large() -> dict[str, Any]:
+    """A picture longer than MAX_IMAGE."""
+    return {"sha256": None, "mime": None, "status": "too_large"}
+
+
 def of_file(path: Path) -> dict[str, Any]:
-    """The picture in a file that may not exist; it is hashed, not kept in memory."""
-    if not path.is_file():
+    """The picture in a file that may not exist; it is hashed, not kept in memory. A log may give the file any name."""
+    try:
+        if not path.is_file():
+            return missing()
+        if path.stat().st_size > MAX_IMAGE:
+            return too_large()
+        stream = path.open("rb")
+    except (PermissionError, ValueError):  # not ours to read; a null character in the name, or half of one
+        return missing()
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
         return missing()
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
+    with stream:
         head = stream.read(1 << 20)
         chunk = head
         while chunk:
@@ -58,6 +76,8 @@ def of_file(path: Path) -> dict[str, Any]:
 
 def of_bytes(data: bytes) -> dict[str, Any]:
     """A picture in memory."""
+    if len(data) > MAX_IMAGE:
+        return too_large()
     shot = _named(data[:1024], hashlib.sha256(data).hexdigest())
     return shot | {"data": data} if shot["status"] == "ok" else shot
 

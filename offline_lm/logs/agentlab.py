@@ -56,8 +56,8 @@ _EXTRA = ("focused_element_bid", "elapsed_time", "open_pages_urls", "open_pages_
 
 
 def detect(sample: Sample) -> str | None:
-    if "study.pkl.gz" in sample.names:
-        return "a study.pkl.gz"
+    if "study.pkl.gz" in sample.names and any(map(_is_run, sample.path.iterdir())):  # a study may hold none yet
+        return "a study.pkl.gz beside its episodes"
     return "exp_args.pkl or step_N.pkl.gz in a folder" if _is_episode(sample.names) else None
 
 
@@ -97,6 +97,10 @@ def read(
 
 def _names(folder: Path) -> frozenset[str]:
     return frozenset(entry.name for entry in folder.iterdir())
+
+
+def _is_run(folder: Path) -> bool:
+    return folder.is_dir() and (folder / "exp_args.pkl").is_file()
 
 
 def _is_episode(names: frozenset[str]) -> bool:

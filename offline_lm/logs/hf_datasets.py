@@ -2,9 +2,10 @@
 
 Layout: ``dataset_info.json``, ``state.json`` and files ``data-*.arrow``, Arrow streams. A row is one episode, an
 object of the `jsonl` format; its nested objects may be JSON text (`OBJECTS`), its times Arrow timestamps. The files
-are read with pyarrow, batch by batch, by a child process: `datasets` is not needed, and none of its code runs. Rows are taken as they lie
-on disk: `select` or `filter` writes them anew when it saves, so there is no map of indices to follow; the files
-``cache-*.arrow`` that `datasets` leaves in a folder that it worked on are none of its rows.
+are read with pyarrow, batch by batch, by a child process (`_child`); `datasets` is not needed, and none of its code
+runs. Rows are taken as they lie on disk: `select` or `filter` writes them anew when it saves, so there is no map of
+indices to follow; the files ``cache-*.arrow`` that `datasets` leaves in a folder that it worked on are none of its
+rows.
 
 The dataset is named by its folder; ``source_offset`` and the offset of a Rejected are the index of the row.
 """

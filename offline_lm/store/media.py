@@ -16,6 +16,8 @@ from offline_lm.store.tables import Store
 from offline_lm.types import Episode
 
 _ENDINGS = {"image/png": ".png", "image/jpeg": ".jpg", "image/gif": ".gif", "image/webp": ".webp", "image/bmp": ".bmp"}
+_MOST = 64 << 20
+"""bytes of a picture; adapters take none that is longer"""
 _JSON = (str, int, float, bool, list, dict, type(None))
 
 
@@ -53,7 +55,7 @@ class Media:
             else:
                 assert path is not None
                 with path.open("rb") as source:
-                    data = source.read()
+                    data = source.read(_MOST + 1)
                 if hashlib.sha256(data).hexdigest() != row["sha256"]:
                     return {**row, "status": "damaged"}  # it changed since it was hashed
                 self._put(name, data)

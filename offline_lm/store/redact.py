@@ -7,7 +7,8 @@ what was typed, and no hash is left that could be tried out. A secret found once
 episode holds it as a whole word: from 8 characters if a pattern found it, from 4 if it was typed into a password field;
 a shorter one only in the step that typed it.
 
-Token ids of a redacted text would give it away: they are dropped (flag ``tokens_dropped_by_redaction``).
+Token ids of a redacted text would give it away: they are dropped (flag ``tokens_dropped_by_redaction``). An episode
+that anything was taken out of has the flag ``redacted``.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import yaml
 from offline_lm import paths
 from offline_lm.store import _typed
 from offline_lm.store._patterns import PLACEHOLDER, Patterns
+from offline_lm.store.rows import REDACTED
 from offline_lm.types import Episode, Rejected, Step
 
 T = TypeVar("T")
@@ -397,9 +399,8 @@ def _without_traces(before: Episode, after: Episode) -> Episode:
         steps[i] = replace(step, **changes) if changes else step
     extra = _untokened(after.extra) if after.extra else after.extra
     dropped = dropped or extra != after.extra
-    flags = after.quality_flags
-    if dropped and FLAG not in flags:
-        flags = (*flags, FLAG)
+    new_flags = (REDACTED, FLAG) if dropped else (REDACTED,)
+    flags = tuple(dict.fromkeys((*after.quality_flags, *new_flags)))
     native_id = after.native_id
     if native_id != before.native_id and after.sha256:  # two names that differed in the secret alone
         native_id = f"{native_id}#{after.sha256[:12]}"

@@ -17,6 +17,9 @@ from offline_lm.types import Candidate, Episode, Label, Step
 
 EPISODE_NAMESPACE = uuid.UUID("6f3b5c1e-8d0a-5e0f-9d57-0a6c4f1f3b52")
 
+REDACTED = "redacted"
+"""Quality flag of an episode that secrets were taken out of."""
+
 _STEP_FIELDS = tuple(f.name for f in fields(Step))
 _STEP_FLOATS = tuple(f.name for f in schema.STEPS if pa.types.is_float64(f.type))
 _EPISODE_FIELDS = tuple(f.name for f in fields(Episode) if f.name in schema.EPISODES.names)
@@ -215,6 +218,8 @@ def _check_finite(episode: dict[str, Any], steps: list[dict[str, Any]]) -> None:
 
 def _content_hash(episode: dict[str, Any], steps: list[dict[str, Any]]) -> str:
     content = {name: episode[name] for name in _EPISODE_HASHED if episode[name] is not None}
+    if REDACTED in episode["quality_flags"]:  # two that differed in their secrets alone are still two
+        content["record"] = episode["provenance"]["sha256"] or episode["provenance"]["native_id"]
     content["steps"] = [
         {name: value for name, value in step.items() if value is not None and name not in _STEP_UNHASHED}
         for step in steps

@@ -4,12 +4,14 @@ import json
 import shutil
 from datetime import UTC, datetime
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from offline_lm.errors import UserError
+from offline_lm.logs import _child
 from offline_lm.logs import hf_datasets as reader
 from offline_lm.store import rows
 from offline_lm.types import Candidate, Episode, Rejected, Step
@@ -104,7 +106,7 @@ def test_damage(folder, tmp_path):
     file.write_bytes(whole[: len(whole) // 2])
     assert _only(copy) == ["damaged_file"]
     file.unlink()
-    assert _only(copy) == ["damaged_file"]
+    assert _only(copy) == ["unreadable_file"]
     state = copy / "state.json"
     for text, reason in (
         ("{}", "missing_key"),
@@ -145,7 +147,20 @@ def test_values_of_other_types(folder, tmp_path, column, reason):
     assert _only(tmp_path / "x") == [reason]
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_bomb_of_zeros(folder, tmp_path, monkeypatch):
+    """A few kilobytes of zstd that stand for more memory than the child may have."""
+    monkeypatch.setattr(_child, "MEMORY", 2 << 30)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (file,) = copy.glob("data-*.arrow")
+    table = pa.table({"seed": pa.array(np.zeros(300_000_000, np.int64))})  # its pages are never written: no memory
+    with pa.ipc.new_stream(file, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as sink:
+        sink.write_table(table)
+    assert file.stat().st_size < 1 << 20
+    assert _only(copy) == ["too_large"]
+
+
+# Few: each starts a process.
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_garbage(folder, tmp_path, data):
     copy = tmp_path / "copy"

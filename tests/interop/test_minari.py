@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -196,12 +197,12 @@ def test_damage(folder, tmp_path):
 def test_text_that_is_enormous(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(reader, "TOTAL_BYTES", 10)
     with (folder / "data" / "main_data.hdf5").open("rb") as stream:
-        assert {item[1].reason for item in reader.read_groups(stream)} == {"too_large"}
+        items: list[Any] = list(reader.read_groups(stream))
+    assert [(number, bad.reason) for number, bad in items] == [(0, "too_large"), (1, "too_large")]
 
 
-# The same examples each time: a damaged file can send libhdf5 itself into a loop without end (2.0, seen once in some
-# hundreds), which nothing inside the process can stop.
-@settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# Few: each starts a process.
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_garbage(folder, tmp_path, data):
     copy = tmp_path / "copy"

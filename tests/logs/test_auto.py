@@ -1,4 +1,4 @@
-"""source=auto: the smallest log of every format is claimed by that format and by no other, and what is no log by none."""
+"""source=auto: the smallest log of every format is that format's and no other's; what is no log is nobody's."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ SMALLEST: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "adp": [("sample_std.json", {"sample_std.json": [
         {"id": "1", "content": [{"class_": "text_observation", "content": "hi", "source": "user"}], "details": {}}]})],
     "agentlab": [
-        ("run", {"run/exp_args.pkl": b"\x80", "run/step_0.pkl.gz": gzip.compress(b"\x80"), "run/summary_info.json": {}}),
-        ("study", {"study/study.pkl.gz": gzip.compress(b"\x80"), "study/result.csv": "a\n"}),
+        ("run", {"run/exp_args.pkl": b"\x80", "run/step_0.pkl.gz": gzip.compress(b"\x80")}),
+        ("study", {"study/study.pkl.gz": gzip.compress(b"\x80"), "study/1/exp_args.pkl": b"\x80"}),
     ],
     "alfworld": [("traj.json", {"traj.json": {"metadata": {"environment": "alfworld"}, "trajectory": {"steps": []}}})],
     "atif": [
@@ -107,12 +107,12 @@ SMALLEST: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "playwright_trace": [("trace.zip", {"trace.zip": _zip(trace__trace='{"type": "context-options", "version": 8}')})],
     "reflexion": [("env_results_trial_0.json", {"env_results_trial_0.json": [
         {"name": "env_0", "memory": [], "is_success": False, "skip": False}]})],
-    "swe_agent": [("run.traj", {"run.traj": {"environment": "swe_main", "trajectory": [TURN], "history": [], "info": {}}})],
+    "swe_agent": [("run.traj", {"run.traj": {"environment": "swe_main", "trajectory": [TURN], "info": {}}})],
     "tapeagents": [("tape.json", {"tape.json": {"metadata": {"id": "t1"}, "context": None, "steps": [
         {"kind": "task", "metadata": {}, "task": "Buy"}]}})],
     "webarena": [("results", {"results/render_1.html": RUN_RENDER, "results/config.json": {"task_id": 1},
                               "results/log_1.log": "2023-09-24 16:32:00,509 - INFO - [Result] (PASS) 1.json\n"})],
-    "webarena_verified": [("107", {"107/agent_response.json": {"status": "SUCCESS"}, "107/eval_result.json": {"score": 1},
+    "webarena_verified": [("107", {"107/agent_response.json": {"status": "SUCCESS"}, "107/eval_result.json": {},
                                    "107/network.har": {"log": {}}})],
     "webcanvas": [("out.json", {"out.json": [{"task_name": "t", "task_status": "limit", "step_list": []}]})],
     "webrl": [
@@ -124,7 +124,7 @@ SMALLEST: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "webshop_human": [("session.jsonl", {"session.jsonl": VISIT})],
     "webshop_lats": [("run.log", {"run.log": LATS})],
     "webshop_react": [("run.txt", {"run.txt": REACT})],
-    "webvoyager": [("taskShop--3", {"taskShop--3/interact_messages.json": TALK, "taskShop--3/screenshot1.png": b"\x89PNG"})],
+    "webvoyager": [("taskShop--3", {"taskShop--3/interact_messages.json": TALK})],
 }  # fmt: skip
 ONE_BY_ONE = [(source, i) for source, made in SMALLEST.items() for i in range(len(made))]
 
@@ -159,8 +159,7 @@ def test_a_format_claims_its_own_and_no_other_does(tmp_path, source, i):
 
 def test_all_of_them_side_by_side(tmp_path):
     for source, i in ONE_BY_ONE:
-        path, files = SMALLEST[source][i]
-        write(tmp_path / f"{source}-{i}", files)
+        write(tmp_path / f"{source}-{i}", SMALLEST[source][i][1])
     found = [part for part in logs.parts("auto", tmp_path) if isinstance(part, Part)]
     got = {(part.source, part.path.relative_to(tmp_path).parts[0]) for part in found}
     assert got == {(source, f"{source}-{i}") for source, i in ONE_BY_ONE}
@@ -182,6 +181,12 @@ def test_in_one_folder_the_files_are_told_apart(tmp_path):
             want[name] = source
     assert len(want) > 25
     assert {part.path.name: part.source for part in logs.parts("auto", tmp_path) if isinstance(part, Part)} == want
+
+
+def test_a_study_without_episodes_stops_nothing(tmp_path):
+    write(tmp_path, {"a/study.pkl.gz": b"\x80", "b.jsonl": {"steps": [STEP]}})
+    told = list(logs.read("auto", tmp_path))
+    assert [item.reason if isinstance(item, Rejected) else item.source for item in told] == ["unknown_format", "jsonl"]
 
 
 NO_LOGS: dict[str, bytes] = {
@@ -209,8 +214,8 @@ NO_LOGS: dict[str, bytes] = {
     "null.json": b"null",
     "package.json": b'{"name": "x", "version": "1.0", "dependencies": {}}',
     "tasks.json": b'[{"task_id": "1", "confirmed_task": "Buy a mug", "website": "http://x"}]',
-    "empty_steps.json": b'{"steps": [], "history": [], "messages": [], "trajectory": [], "conversations": []}',
-    "wrong_types.json": b'{"steps": 3, "history": "x", "messages": {}, "trajectory": null, "content": 7, "metadata": []}',
+    "empty_steps.json": b'{"steps": [], "history": [], "trajectory": [], "content": []}',
+    "wrong_types.json": b'{"steps": 3, "history": "x", "messages": {}, "trajectory": null, "content": 7}',
     "table.csv": b"a,b\n1,2\n",
     "archive.zip": _zip(readme__md="hello"),
     "columns.parquet": _parquet([{"a": 1, "b": "x"}]),

@@ -269,6 +269,7 @@ def check(folder: Path, tmp_path: Path, want: Want, source: str = "auto", **opti
             assert number(sql) == (others[outer][inner] if inner else others[outer]), name
 
 
+@pytest.mark.timeout(900)  # 40 s of CPU for the 3,861 files of miniwob-demos, on a machine that may be busy
 @pytest.mark.parametrize("name", REAL)
 def test_a_folder_of_real_logs(shared_data, tmp_path, name):
     check(shared_data / name, tmp_path, REAL[name])

@@ -1,6 +1,6 @@
 """Secrets planted in logs, ingested, and looked for in every byte of the store and of what the command printed.
 
-    python analysis/benchmarks/secrets.py [json=true] [planted=500] [seed=0] [redact=default]
+    python analysis/benchmarks/planted_secrets.py [json=true] [planted=500] [seed=0] [redact=default]
 
 Each secret is random and stands at one place, in turn: pages, goals, answers, headers, URLs, typed passwords,
 candidates, `extra`, chat messages, names of files, and the same in records that are broken or cut. The logs are
