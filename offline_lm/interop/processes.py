@@ -110,7 +110,7 @@ def run(job: Job, workers: int) -> Iterator[Done]:
         while True:
             while len(waiting) < AHEAD * workers and (bundle := next(bundles, None)) is not None:
                 worker = started[count % workers]
-                worker.tasks.put(bundle)
+                worker.give(bundle)
                 waiting.append((worker, bundle))
                 count += 1
             if not waiting:
@@ -135,6 +135,21 @@ class _Worker(NamedTuple):
     tasks: Any
     made: Any
 
+    def give(self, bundle: Bundle) -> None:
+        try:
+            self.tasks.put(bundle)
+        except BrokenPipeError:
+            raise self.died(bundle) from None
+
+    def died(self, bundle: Bundle) -> UserError:
+        self.process.join()
+        first = bundle.parts[0]
+        where = first.path if isinstance(first, logs.Part) else first.uri
+        return UserError(
+            f"the worker that read {where} or what follows died (exit code {self.process.exitcode}), most likely for "
+            "want of memory: run the same command with fewer workers=; what was accepted stays"
+        )
+
     def results(self, bundle: Bundle) -> Iterator[Chunk]:
         """The chunks of the oldest bundle that this worker was given."""
         while True:
@@ -143,13 +158,7 @@ class _Worker(NamedTuple):
             except (queue.Empty, EOFError, OSError) as error:  # the end of the pipe, maybe within a chunk
                 if isinstance(error, queue.Empty) and self.process.is_alive():
                     continue
-                self.process.join()
-                first = bundle.parts[0]
-                where = first.path if isinstance(first, logs.Part) else first.uri
-                raise UserError(
-                    f"the worker that read {where} or what follows died (exit code {self.process.exitcode}), most "
-                    "likely for want of memory: run the same command with fewer workers=; what was accepted stays"
-                ) from None
+                raise self.died(bundle) from None
             if item is None:
                 return
             if isinstance(item, UserError):
@@ -169,7 +178,9 @@ def _started(job: Job, count: int) -> Iterator[list[_Worker]]:
             made: Any = context.Queue(AHEAD)
             process = context.Process(target=_work, args=(job, tasks, made), daemon=True)
             process.start()
-            made._writer.close()  # now the worker alone holds that end, so its death ends a chunk that it was sending
+            # Now the worker alone holds these ends, so that its death ends a chunk it was sending or a wait to give.
+            made._writer.close()
+            tasks._reader.close()
             workers.append(_Worker(process, tasks, made))
         yield workers
     finally:

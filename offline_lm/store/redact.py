@@ -3,7 +3,7 @@
 Three things are taken for secrets: what a pattern finds (`default_patterns`), the whole value of a key named like
 password, token or cookie, and what an action types into a password field (`offline_lm.store._typed`). Each becomes
 ``[redacted:KIND:n]``, numbered within the episode in the order found: equal secrets stay equal, so a goal still matches
-what was typed, and no hash is left that could be tried out. A secret found once is then replaced wherever else the
+what was typed. (The hash of the whole record, ``provenance.sha256``, stays.) A secret found once is then replaced wherever else the
 episode holds it as a whole word: from 8 characters if a pattern found it, from 4 if it was typed into a password field;
 a shorter one only in the step that typed it.
 

@@ -276,7 +276,7 @@ def test_lone_files_folders_and_detection(tmp_path):
         (document([agent("x", metrics={"completion_token_ids": [-1]})]), "out_of_range"),
         (document([agent("x", metrics={"prompt_token_ids": [2**40]})]), "out_of_range"),
         (document([agent("x", metrics={"logprobs": [0.5]})]), "out_of_range"),
-        (document([agent("x", timestamp="noon")]), "bad_value"),
+        (document([agent("x", timestamp="noon")]), "bad_time"),
         (document([agent("x", source="robot")]), "bad_value"),
         (document([agent("x"), agent("y", step_id=5)]), "missing_steps"),
         (document([agent("x"), agent("y", step_id=1)]), "missing_steps"),
