@@ -18,7 +18,7 @@ from typing import Any
 
 import orjson
 
-from offline_lm.logs._files import MAX_BYTES, Damaged, Record, excerpt, records, whole
+from offline_lm.logs._files import MAX_BYTES, Damaged, Record, excerpt, lines, records, whole
 from offline_lm.logs._records import Bad, parse
 from offline_lm.types import Episode, Rejected, Step
 
@@ -97,6 +97,50 @@ def each(
             yield rejected(source, path, bad, record.offset, record.data, record.sha256)
     if not count:
         yield rejected(source, path, Bad("empty_file", "the file holds no record; was it written to the end?"))
+
+
+def from_lines(
+    source: str,
+    path: Path,
+    check: Callable[[Any, int], object],
+    to_episode: Callable[[list[dict[str, Any]], str], Episode],
+    most: int,
+) -> Episode | Rejected:
+    """A file whose lines, at most `most`, are together one episode: ``to_episode(lines, sha256)``.
+
+    `check(value, number)` raises Bad for a line that is not an object it knows; each line gets its ``offset``. One
+    line refused refuses the file: without it, it is not the episode that took place.
+    """
+    values: list[dict[str, Any]] = []
+    digest, offset, data = hashlib.sha256(), 0, b""
+    try:
+        for line in lines(path):
+            if isinstance(line, Damaged):
+                return damaged(source, path, line, offset)
+            offset, data = line.offset, line.data
+            digest.update(data + b"\n")
+            if line.too_long or len(values) == most:
+                raise Bad("too_large", f"a line over {MAX_BYTES} bytes, or over {most} lines; split it")
+            value = parse(data)
+            check(value, len(values))
+            values.append(value | {"offset": offset})
+        offset = 0
+        if not values:
+            raise Bad("empty_file", "the file holds no line; was it written to the end?")
+        return to_episode(values, digest.hexdigest())
+    except Bad as bad:
+        return rejected(source, path, bad, offset, data)
+
+
+def contents(path: Path, limit: int = MAX_BYTES) -> bytes:
+    """The (decompressed) bytes of a file. Raises Bad if it cannot be read, or holds more than `limit` bytes."""
+    try:
+        data, more = whole(path, limit)
+    except Damaged as why:
+        raise Bad(why.reason, f"{path.name} cannot be read ({why}); mend or fetch it again") from None
+    if more:
+        raise Bad("too_large", f"{path.name} holds more than {limit} bytes; shorten or split it")
+    return data
 
 
 def damaged(source: str, path: Path, why: Damaged, offset: int = 0) -> Rejected:

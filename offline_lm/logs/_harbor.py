@@ -6,18 +6,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from offline_lm.logs._files import MAX_BYTES, Damaged, whole
+from offline_lm.logs._adapters import contents
+from offline_lm.logs._files import whole
 from offline_lm.logs._records import Bad, parse
 from offline_lm.types import JSON
 
 
 def load(file: Path) -> tuple[Any, bytes]:
-    try:
-        data, more = whole(file)
-    except Damaged as damaged:
-        raise Bad("damaged_file", f"{file.name} cannot be read ({damaged}); fetch it again") from None
-    if more:
-        raise Bad("too_large", f"{file.name} holds more than {MAX_BYTES} bytes; shorten its observations")
+    data = contents(file)
     if not data.strip():
         raise Bad("empty_file", f"{file.name} is empty; was it written to the end?")
     return parse(data), data

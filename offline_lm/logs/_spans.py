@@ -22,11 +22,13 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from offline_lm.errors import UserError
 from offline_lm.logs import _chat
 from offline_lm.logs._adapters import call_text, each, numbered, rejected, to_json
 from offline_lm.logs._files import Record
@@ -144,9 +146,14 @@ def _ordered(spans: list[Span]) -> list[Span]:
     return [span for _, _, span in sorted(zip(known, range(len(spans)), spans, strict=True), key=lambda x: x[:2])]
 
 
-def read_file(
-    source: str, path: Path, to_spans: Any, dataset: str, *, by_trace: bool = False
-) -> Iterator[Episode | Rejected]:
+def read_files(source: str, paths: Iterable[Path], to_spans: Any, by: str, group: str) -> Iterator[Episode | Rejected]:
+    """The episodes of each file: a trace, or the `group` (conversation, session) it is of, as `by` says."""
+    if by not in (group, "trace"):
+        raise UserError(f"by={by} is unknown; an episode is a {group} or a trace")
+    return chain.from_iterable(_read_file(source, path, to_spans, by == "trace") for path in paths)
+
+
+def _read_file(source: str, path: Path, to_spans: Any, by_trace: bool) -> Iterator[Episode | Rejected]:
     """Every record of the file through `to_spans(value) -> Iterable[Span]`, then the episodes they make."""
     held = Held()
 
@@ -173,7 +180,7 @@ def read_file(
         flags = ("unlabelled", *made.pop("flags"), *(("spans_lost",) if held.lost else ()))
         yield Episode(
             source=source,
-            dataset=dataset,
+            dataset=path.name.split(".")[0],
             uri=str(path),
             sha256=digest,
             quality_flags=tuple(dict.fromkeys(flags)),

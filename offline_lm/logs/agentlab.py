@@ -31,7 +31,7 @@ from typing import Any
 
 from offline_lm.errors import UserError
 from offline_lm.logs import _files, _media
-from offline_lm.logs._adapters import Sample, need, numbered, rejected, take, to_json
+from offline_lm.logs._adapters import Sample, contents, need, numbered, rejected, take, to_json
 from offline_lm.logs._browsergym import (
     answer,
     conversation,
@@ -43,7 +43,6 @@ from offline_lm.logs._browsergym import (
     was_asked,
 )
 from offline_lm.logs._chat import content_text
-from offline_lm.logs._files import MAX_BYTES, Damaged, whole
 from offline_lm.logs._pickle import Record, load, to_plain
 from offline_lm.logs._records import Bad, parse
 from offline_lm.types import Episode, Rejected
@@ -124,12 +123,7 @@ class _Folder:
     # files
 
     def bytes_of(self, name: str) -> bytes:
-        try:
-            data, too_large = whole(self.folder / name)
-        except Damaged as damaged:
-            raise Bad("damaged_file", f"{name} cannot be decompressed ({damaged}); fetch it again") from None
-        if too_large:
-            raise Bad("too_large", f"{name} holds more than {MAX_BYTES} bytes; is it of one step?")
+        data = contents(self.folder / name)
         self.digest = self.digest or hashlib.sha256()
         self.digest.update(f"{name} {len(data)}\n".encode() + data)
         return data

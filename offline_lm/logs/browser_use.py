@@ -34,10 +34,10 @@ from pathlib import Path
 from typing import Any
 
 from offline_lm.errors import UserError
-from offline_lm.logs._adapters import Sample, each, need, numbered, rejected, take, to_json
+from offline_lm.logs._adapters import Sample, contents, each, need, numbered, rejected, take, to_json
 from offline_lm.logs._browser_use import SOURCE, done, end, goal_of, history_item, place_of, reply
 from offline_lm.logs._chat import ASSISTANT, content_text
-from offline_lm.logs._files import MAX_BYTES, Damaged, Record, whole
+from offline_lm.logs._files import Record
 from offline_lm.logs._records import Bad, parse
 from offline_lm.types import Episode, Label, Rejected
 
@@ -130,16 +130,6 @@ def _episode(path: Path, steps: list[dict[str, Any]], given: dict[str, Any], **f
     return Episode(source=SOURCE, steps=numbered(steps), **(known | given))
 
 
-def _bytes(path: Path) -> bytes:
-    try:
-        data, too_large = whole(path)
-    except Damaged as damaged:
-        raise Bad("damaged_file", f"{path.name} cannot be read further ({damaged}); fetch it again") from None
-    if too_large:
-        raise Bad("too_large", f"{path.name} holds more than {MAX_BYTES} bytes; shorten its pages")
-    return data
-
-
 def _text(data: bytes, path: Path) -> str:
     try:
         return data.decode()
@@ -223,13 +213,13 @@ def _conversations(folder: Path, given: dict[str, Any]) -> Iterator[Episode | Re
 def _conversation(folder: Path, agent: str, files: dict[int, Path], given: dict[str, Any]) -> Episode:
     turns, digest = [], hashlib.sha256()
     for number in sorted(files):
-        data = _bytes(files[number])
+        data = contents(files[number])
         digest.update(data)
         turns.append(_turn(_text(data, files[number])))
     after = folder / f"current_state_{max(files) + 1}.html"
     final = None
     if not agent and after.is_file():
-        data = _bytes(after)
+        data = contents(after)
         digest.update(data)
         final = {"observation": _text(data, after), "observation_kind": "html"}
     return _run(
@@ -281,7 +271,7 @@ def _message_list(folder: Path, given: dict[str, Any]) -> Episode:
     meta: dict[str, Any] = {}
     told = [folder / "meta.json"] if (folder / "meta.json").is_file() else []
     for file in (*told, *(numbers[number] for number in sorted(numbers))):
-        data = _bytes(file)
+        data = contents(file)
         digest.update(data)
         try:
             value = parse(data)

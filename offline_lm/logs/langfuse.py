@@ -19,16 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from offline_lm.errors import UserError
 from offline_lm.logs import _files
 from offline_lm.logs._adapters import Sample, take
 from offline_lm.logs._records import Bad
 from offline_lm.logs._span_messages import answers, from_json, label, messages
-from offline_lm.logs._spans import Span, read_file
+from offline_lm.logs._spans import Span, read_files
 from offline_lm.types import JSON, Episode, Rejected
 
 SOURCE = "langfuse"
@@ -72,11 +70,7 @@ def read(path: Path, *, by: str = "session") -> Iterator[Episode | Rejected]:
 
     Raises UserError for a folder without files ending in `SUFFIXES`, or `by` that is neither session nor trace.
     """
-    if by not in ("session", "trace"):
-        raise UserError(f"by={by} is unknown; an episode is a session or a trace")
-    return chain.from_iterable(
-        read_file(SOURCE, file, spans_of, file.name.split(".")[0], by_trace=by == "trace") for file in find(path)
-    )
+    return read_files(SOURCE, find(path), spans_of, by, "session")
 
 
 def spans_of(value: Any) -> Iterator[Span]:

@@ -27,7 +27,7 @@ import orjson
 
 from offline_lm.errors import UserError
 from offline_lm.logs import _child, _exact, _files
-from offline_lm.logs._adapters import Sample, damaged, need, numbered, rejected, take, to_json
+from offline_lm.logs._adapters import Sample, contents, damaged, need, numbered, rejected, take, to_json
 from offline_lm.logs._child import Item
 from offline_lm.logs._files import TOTAL_BYTES, Damaged, Record, TooLarge
 from offline_lm.logs._records import MAX_DEPTH, Bad, parse
@@ -89,13 +89,7 @@ def _read_folder(folder: Path) -> Iterator[Episode | Rejected]:
 def _metadata(folder: Path) -> dict[str, Any]:
     if not (folder / _METADATA).is_file():
         raise Bad("missing_key", f"{_METADATA} is not beside {_DATA}; fetch the whole dataset")
-    try:
-        data, more = _files.whole(folder / _METADATA)
-    except Damaged as why:
-        raise Bad("damaged_file", f"{_METADATA}: {why}") from None
-    if more:
-        raise Bad("too_large", f"{_METADATA} is longer than {len(data)} bytes")
-    value = parse(data)
+    value = parse(contents(folder / _METADATA))
     if (kind := take(value, "data_format", str, _METADATA) or "hdf5") != "hdf5":
         raise Bad("unsupported_format", f"data_format is {kind[:40]}; write the dataset as hdf5")
     for name in ("observation_space", "action_space"):

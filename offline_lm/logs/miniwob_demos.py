@@ -38,8 +38,7 @@ from typing import Any
 import orjson
 
 from offline_lm.logs import _files
-from offline_lm.logs._adapters import Sample, rejected
-from offline_lm.logs._files import MAX_BYTES, Damaged, whole
+from offline_lm.logs._adapters import Sample, contents, rejected
 from offline_lm.logs._records import Bad, count_keys, parse
 from offline_lm.types import Episode, Rejected, Step
 
@@ -74,13 +73,8 @@ def read(path: Path) -> Iterator[Episode | Rejected]:
 def _read_file(path: Path) -> Episode | Rejected:
     data, sha256 = b"", None
     try:
-        try:
-            data, too_large = whole(path)
-        except Damaged as damaged:
-            raise Bad("damaged_file", f"cannot be decompressed ({damaged}); fetch it again") from None
+        data = contents(path)
         sha256 = hashlib.sha256(data).hexdigest()
-        if too_large:
-            raise Bad("too_large", f"the file holds more than {MAX_BYTES} bytes; is it a demonstration?")
         return _episode(parse(data, refuse_duplicates=False), path, sha256)
     except Bad as bad:
         return rejected(SOURCE, path, bad, 0, data, sha256)

@@ -33,8 +33,8 @@ from urllib.parse import urlsplit
 
 from offline_lm.errors import UserError
 from offline_lm.logs import _files, _media
-from offline_lm.logs._adapters import Sample, each, need, numbered, take
-from offline_lm.logs._files import Damaged, Record, whole
+from offline_lm.logs._adapters import Sample, contents, each, need, numbered, take
+from offline_lm.logs._files import Record
 from offline_lm.logs._records import Bad, parse
 from offline_lm.types import Episode, Label, Rejected
 
@@ -101,13 +101,13 @@ def read(
 
 def _tasks(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        listed = parse(whole(path)[0])
+        listed = parse(contents(path))
         if type(listed) is not list:
             raise Bad("wrong_type", "it is not a list of tasks")
         for task in listed:
             urlsplit(need(task, "website", str))
         return {need(task, "task_id", str): task for task in listed}
-    except (Bad, Damaged, ValueError) as error:
+    except (Bad, ValueError) as error:
         raise UserError(f"tasks={path}: {error}; give the benchmark's Online_Mind2Web.json") from None
 
 

@@ -26,16 +26,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from offline_lm.errors import UserError
 from offline_lm.logs import _files
 from offline_lm.logs._adapters import Sample, take
 from offline_lm.logs._records import Bad
 from offline_lm.logs._span_messages import REDACTED, answers, from_json, label, messages, nested, unflattened
-from offline_lm.logs._spans import Span, read_file
+from offline_lm.logs._spans import Span, read_files
 from offline_lm.types import JSON, Episode, Rejected
 
 SOURCE = "otel"
@@ -83,15 +81,7 @@ def read(path: Path, *, by: str = "conversation") -> Iterator[Episode | Rejected
 
     Raises UserError for a folder without files ending in `SUFFIXES`, or `by` that is neither conversation nor trace.
     """
-    if by not in ("conversation", "trace"):
-        raise UserError(f"by={by} is unknown; an episode is a conversation or a trace")
-    return chain.from_iterable(
-        read_file(SOURCE, file, spans_of, _files_stem(file), by_trace=by == "trace") for file in find(path)
-    )
-
-
-def _files_stem(path: Path) -> str:
-    return path.name.split(".")[0]
+    return read_files(SOURCE, find(path), spans_of, by, "conversation")
 
 
 # --- containers ---------------------------------------------------------------------------------------------

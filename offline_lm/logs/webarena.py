@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from offline_lm.logs import _files, _media
-from offline_lm.logs._adapters import Sample, give_outcome, numbered, rejected
-from offline_lm.logs._files import Damaged, lines, whole
+from offline_lm.logs._adapters import Sample, contents, give_outcome, numbered, rejected
+from offline_lm.logs._files import Damaged, lines
 from offline_lm.logs._records import Bad, parse
 from offline_lm.types import Episode, Rejected
 
@@ -73,7 +73,7 @@ def _read_folder(part: Path, dataset: str | None, model: str | None) -> Iterator
     for file in files:
         data = b""
         try:
-            data = _bytes(file, MAX_HTML)
+            data = contents(file, MAX_HTML)
             fields = _episode(_text(data), run, outcomes)
         except Bad as bad:
             yield rejected(SOURCE, file, bad, 0, data)
@@ -95,16 +95,6 @@ def _read_folder(part: Path, dataset: str | None, model: str | None) -> Iterator
 
 def _named_like(pattern: re.Pattern[str], folder: Path) -> list[Path]:
     return sorted((p for p in folder.iterdir() if pattern.match(p.name)), key=lambda p: p.name)
-
-
-def _bytes(path: Path, limit: int) -> bytes:
-    try:
-        data, too_large = whole(path, limit)
-    except Damaged as why:
-        raise Bad("damaged_file", f"{path.name} cannot be read: {why}") from None
-    if too_large:
-        raise Bad("too_large", f"{path.name} holds more than {limit} bytes")
-    return data
 
 
 def _text(data: bytes) -> str:
@@ -137,7 +127,7 @@ def _arguments(folder: Path) -> dict[str, Any]:
     """``config.json``; only what is used is checked. A broken one is as good as none: it says nothing of the steps."""
     file = folder / "config.json"
     try:
-        value = parse(_bytes(file, MAX_CONFIG), refuse_duplicates=False) if file.is_file() else {}
+        value = parse(contents(file, MAX_CONFIG), refuse_duplicates=False) if file.is_file() else {}
     except Bad as bad:
         return {"config_error": bad.message}
     if type(value) is not dict:

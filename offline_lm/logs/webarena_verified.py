@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from offline_lm.logs import _files
-from offline_lm.logs._adapters import Sample, need, rejected, take
-from offline_lm.logs._files import Damaged, whole
+from offline_lm.logs._adapters import Sample, contents, need, rejected, take
 from offline_lm.logs._records import Bad, parse
 from offline_lm.types import Episode, Rejected
 
@@ -50,12 +49,7 @@ def _read_folder(folder: Path) -> Rejected:
     try:
         if not file.is_file():
             raise Bad("no_steps", "neither steps nor eval_result.json: the run has no outcome; evaluate it first")
-        try:
-            data, too_large = whole(file, MAX_RESULT)
-        except Damaged as why:
-            raise Bad("damaged_file", f"eval_result.json cannot be read: {why}") from None
-        if too_large:
-            raise Bad("too_large", f"eval_result.json holds more than {MAX_RESULT} bytes; is it a result?")
+        data = contents(file, MAX_RESULT)
         result = parse(data)
         task, score = need(result, "task_id", (int, str)), need(result, "score", float)
         status = take(result, "status", str) or "unknown"

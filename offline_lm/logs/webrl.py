@@ -25,7 +25,6 @@ rewards stand as they are. ``mc_return`` is computed from them, and left to be c
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Iterator
@@ -33,8 +32,19 @@ from pathlib import Path
 from typing import Any
 
 from offline_lm.logs import _files, _media
-from offline_lm.logs._adapters import Sample, damaged, each, give_outcome, need, numbered, rejected, take, to_json
-from offline_lm.logs._files import MAX_BYTES, Damaged, Record, lines, whole
+from offline_lm.logs._adapters import (
+    Sample,
+    contents,
+    each,
+    from_lines,
+    give_outcome,
+    need,
+    numbered,
+    rejected,
+    take,
+    to_json,
+)
+from offline_lm.logs._files import Record, lines
 from offline_lm.logs._records import Bad, parse
 from offline_lm.types import Episode, Rejected
 
@@ -92,7 +102,7 @@ def _read_file(path: Path) -> Iterator[Episode | Rejected]:
         return
     first = next(lines(path), None)
     if isinstance(first, Record) and b'"trace_id"' in first.data:
-        yield from _rollout(path)
+        yield from_lines(SOURCE, path, _check, lambda turns, sha256: _episode(turns, path, sha256), MAX_TURNS)
     else:
         yield from each(SOURCE, path, lambda value, record: _trajectory(value, record, path))
 
@@ -100,26 +110,8 @@ def _read_file(path: Path) -> Iterator[Episode | Rejected]:
 # --- traces/ID.jsonl ---------------------------------------------------------------------------------------
 
 
-def _rollout(path: Path) -> Iterator[Episode | Rejected]:
-    """One Episode, or one Rejected: a rollout that lacks a turn is another rollout."""
-    turns: list[dict[str, Any]] = []
-    digest, offset, data = hashlib.sha256(), 0, b""
-    try:
-        for line in lines(path):
-            if isinstance(line, Damaged):
-                yield damaged(SOURCE, path, line, offset)
-                return
-            offset, data = line.offset, line.data
-            digest.update(data + b"\n")
-            if line.too_long or len(turns) == MAX_TURNS:
-                raise Bad("too_large", f"a line over {MAX_BYTES} bytes, or over {MAX_TURNS} turns; split it")
-            turn = parse(data)
-            need(turn, "response", str, f"line {len(turns)}")
-            turns.append(turn | {"offset": offset})
-        offset = 0
-        yield _episode(turns, path, digest.hexdigest())
-    except Bad as bad:
-        yield rejected(SOURCE, path, bad, offset, data)
+def _check(turn: Any, number: int) -> None:
+    need(turn, "response", str, f"line {number}")
 
 
 def _episode(turns: list[dict[str, Any]], path: Path, sha256: str) -> Episode:
@@ -218,10 +210,7 @@ def _score(turns: list[dict[str, Any]], path: Path) -> tuple[float | None, dict[
         return distinct.pop(), {}
     if not path.is_file():
         return None, {}
-    data, more = whole(path)
-    if more:
-        raise Bad("too_large", f"{path.name} is longer than {MAX_BYTES} bytes; is it the score of a rollout?")
-    result = parse(data)
+    result = parse(contents(path))
     score = take(result, "score", float, path.name)
     return score, {"actions": {key: item for key, item in result.items() if key != "score"}}
 

@@ -24,7 +24,6 @@ is unlabelled, its end unknown.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -32,9 +31,8 @@ from typing import Any
 from urllib.parse import unquote
 
 from offline_lm.logs import _files, _webshop
-from offline_lm.logs._adapters import Sample, damaged, give_outcome, need, numbered, rejected, take, to_json
-from offline_lm.logs._files import MAX_BYTES, Damaged, lines
-from offline_lm.logs._records import Bad, parse
+from offline_lm.logs._adapters import Sample, from_lines, give_outcome, need, numbered, take, to_json
+from offline_lm.logs._records import Bad
 from offline_lm.types import Episode, Rejected
 
 SOURCE = "webshop_human"
@@ -59,35 +57,18 @@ def read(path: Path) -> Iterator[Episode | Rejected]:
 
     Raises UserError for a folder without sessions, or a file that cannot be opened.
     """
-    return (item for file in find(path) for item in _read_file(file))
+    return map(_read_file, find(path))
 
 
-def _read_file(path: Path) -> Iterator[Episode | Rejected]:
-    """One Episode, or one Rejected: a session with a damaged line is not the session that took place."""
-    visits: list[Visit] = []
-    digest = hashlib.sha256()
-    offset, data = 0, b""
-    try:
-        for line in lines(path):
-            if isinstance(line, Damaged):
-                yield damaged(SOURCE, path, line, offset)
-                return
-            offset, data = line.offset, line.data
-            digest.update(data + b"\n")
-            if line.too_long or len(visits) == MAX_VISITS:
-                raise Bad("too_large", f"a line over {MAX_BYTES} bytes, or over {MAX_VISITS} visits; split it")
-            visit = parse(data)
-            here = f"visit {len(visits)}"
-            if need(visit, "page", str, here) not in _PAGES:
-                raise Bad("bad_value", f"{here}.page is {visit['page'][:40]!r}; it must be one of {sorted(_PAGES)}")
-            need(visit, "url", str, here)
-            visits.append(visit | {"offset": offset})
-        offset = 0
-        if not visits:
-            raise Bad("empty_file", "the file holds no visit; was it written to the end?")
-        yield _episode(visits, path, digest.hexdigest())
-    except Bad as bad:
-        yield rejected(SOURCE, path, bad, offset, data)
+def _read_file(path: Path) -> Episode | Rejected:
+    return from_lines(SOURCE, path, _check, lambda visits, sha256: _episode(visits, path, sha256), MAX_VISITS)
+
+
+def _check(visit: Any, number: int) -> None:
+    here = f"visit {number}"
+    if need(visit, "page", str, here) not in _PAGES:
+        raise Bad("bad_value", f"{here}.page is {visit['page'][:40]!r}; it must be one of {sorted(_PAGES)}")
+    need(visit, "url", str, here)
 
 
 def _episode(visits: list[Visit], path: Path, sha256: str) -> Episode:

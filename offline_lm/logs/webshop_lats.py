@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from offline_lm.logs import _files, _webshop
-from offline_lm.logs._adapters import Sample, damaged, numbered, rejected
-from offline_lm.logs._files import TOTAL_BYTES, Damaged, whole
+from offline_lm.logs._adapters import Sample, contents, numbered, rejected
+from offline_lm.logs._files import TOTAL_BYTES
 from offline_lm.logs._records import Bad
 from offline_lm.store.rows import episode_id
 from offline_lm.types import Candidate, Episode, Rejected
@@ -105,15 +105,14 @@ def read(path: Path, *, model: str | None = None) -> Iterator[Episode | Rejected
 
 def _read_file(path: Path, model: str | None) -> Iterator[Episode | Rejected]:
     try:
-        data, more = whole(path, TOTAL_BYTES)
-    except Damaged as why:
-        yield damaged(SOURCE, path, why)
+        data = contents(path, TOTAL_BYTES)
+    except Bad as bad:
+        yield rejected(SOURCE, path, bad)
         return
     starts = [match.start() for match in _SEARCH.finditer(data)]
-    if more or not starts:
-        long = Bad("too_large", f"the file is longer than {TOTAL_BYTES} bytes; split it")
+    if not starts:
         empty = Bad("unknown_format", "the file holds no line `Iteration 1...`; is it the log of a LATS search?")
-        yield rejected(SOURCE, path, long if more else empty, 0, data[:1024])
+        yield rejected(SOURCE, path, empty, 0, data[:1024])
         return
     for number, (start, end) in enumerate(pairwise([*starts, len(data)])):
         block = data[start:end]

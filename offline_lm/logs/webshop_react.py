@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from offline_lm.logs import _files, _webshop
-from offline_lm.logs._adapters import Sample, damaged, give_outcome, numbered, rejected
-from offline_lm.logs._files import TOTAL_BYTES, Damaged, whole
+from offline_lm.logs._adapters import Sample, contents, give_outcome, numbered, rejected
+from offline_lm.logs._files import TOTAL_BYTES
 from offline_lm.logs._records import Bad
 from offline_lm.types import Episode, Rejected
 
@@ -62,12 +62,9 @@ def read(path: Path, *, model: str | None = None) -> Iterator[Episode | Rejected
 
 def _read_file(path: Path, model: str | None) -> Iterator[Episode | Rejected]:
     try:
-        data, more = whole(path, TOTAL_BYTES)
-    except Damaged as why:
-        yield damaged(SOURCE, path, why)
-        return
-    if more:
-        yield rejected(SOURCE, path, Bad("too_large", f"the file is longer than {TOTAL_BYTES} bytes; split it"))
+        data = contents(path, TOTAL_BYTES)
+    except Bad as bad:
+        yield rejected(SOURCE, path, bad)
         return
     found = list(_BEGIN.finditer(data))
     before = data[: found[0].start() if found else None]

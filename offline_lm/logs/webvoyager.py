@@ -30,8 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from offline_lm.logs import _files, _media
-from offline_lm.logs._adapters import Sample, need, numbered, rejected, take
-from offline_lm.logs._files import MAX_BYTES, Damaged, whole
+from offline_lm.logs._adapters import Sample, contents, need, numbered, rejected, take
 from offline_lm.logs._records import Bad, parse
 from offline_lm.types import Episode, Rejected
 
@@ -87,14 +86,9 @@ def read(
 def _read_file(path: Path, dataset: str | None, model: str | None, max_iter: int) -> Episode | Rejected:
     data = b""
     try:
-        try:
-            data, too_large = whole(path)
-        except Damaged as damaged:
-            raise Bad("damaged_file", f"cannot be decompressed ({damaged}); fetch it again") from None
+        data = contents(path)
         if not data.strip():
             raise Bad("empty_file", "the file is empty; the run was stopped before it was written")
-        if too_large:
-            raise Bad("too_large", f"the file holds more than {MAX_BYTES} bytes; is it a conversation?")
         return _episode(parse(data), path, hashlib.sha256(data).hexdigest(), dataset, model, max_iter)
     except Bad as bad:
         return rejected(SOURCE, path, bad, 0, data)
@@ -207,11 +201,8 @@ def _observation(text: str, asks: re.Match[str] | None, pictured: bool, folder: 
 def _tree(path: Path) -> str | None:
     if not path.is_file():
         return None
-    data, too_large = whole(path)
-    if too_large:
-        raise Bad("too_large", f"{path.name} holds more than {MAX_BYTES} bytes; is it a page?")
     try:
-        return data.decode().strip()
+        return contents(path).decode().strip()
     except UnicodeDecodeError as error:
         raise Bad("invalid_utf8", f"{path.name}: byte {error.start} is not UTF-8; re-encode the file") from None
 
