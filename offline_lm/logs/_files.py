@@ -140,7 +140,7 @@ def open_file(path: Path) -> IO[bytes]:
 
 
 class _Gzip(gzip.GzipFile):
-    """A GzipFile that closes the stream it reads from, and gives what it has before it says that the rest is damaged."""
+    """A GzipFile that closes its stream, and gives what it has before it says that the rest is damaged."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         super().__init__(fileobj=stream, mode="rb")

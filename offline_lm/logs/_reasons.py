@@ -1,7 +1,7 @@
 """Why a record stands in ``quarantine``: every reason code, what it means and the mend.
 
-The codes are stable: queries and dashboards group by them. The message beside a code says where and what exactly. A test
-holds this list and the code together.
+The codes are stable: queries and dashboards group by them. The message beside a code says where and what exactly.
+A test holds this list and the code together.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def find(path: Path) -> Iterator[Path]:
 def read(path: Path) -> Iterator[Episode | Rejected]:
     """Every trajectory of a file, or of the files ending in `SUFFIXES` under a folder but ``sample_raw.json``.
 
-    Raises UserError for a folder without such files, or a file that cannot be opened.
+    Raises UserError for a folder without such files.
     """
     return chain.from_iterable(map(_read_file, find(path)))
 

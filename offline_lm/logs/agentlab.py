@@ -81,7 +81,7 @@ def read(
         dataset: Name of the collection; by default the folder around the episode's.
 
     Raises:
-        UserError: no folder holds an episode, an unknown `observation`, or a file that cannot be opened.
+        UserError: no folder holds an episode, an unknown `observation`.
     """
     if observation not in VIEWS:
         raise UserError(f"options.observation={observation} is not a view; take one of: {', '.join(VIEWS)}")

@@ -107,7 +107,7 @@ def read(
     task only where they hold prompts.
 
     Raises:
-        UserError: a path without any log of browser-use, or a file that cannot be opened.
+        UserError: a path without any log of browser-use.
     """
     given = {key: item for key, item in (("dataset", dataset), ("model", model), ("goal", goal)) if item is not None}
     return chain.from_iterable(_read_part(part, given) for part in find(path))

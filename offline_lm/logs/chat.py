@@ -91,7 +91,7 @@ def read(
         dataset: instead of the file's name
 
     Raises:
-        UserError: an unknown preset or field, a folder without such files, or a file that cannot be opened.
+        UserError: an unknown preset or field, a folder without such files.
     """
     if preset not in ("auto", *PRESETS):
         raise UserError(f"preset={preset} is not known; take one of: auto, {', '.join(PRESETS)}")

@@ -48,7 +48,7 @@ def find(path: Path) -> Iterator[Path]:
 def read(path: Path, *, model: str | None = None) -> Iterator[Episode | Rejected]:
     """Every episode of a result file, or of those in a folder. `model` names the model; the files do not.
 
-    Raises UserError for a folder without such files, or a file that cannot be opened.
+    Raises UserError for a folder without such files.
     """
     return chain.from_iterable(_read_file(file, model) for file in find(path))
 

@@ -65,7 +65,7 @@ def read(path: Path) -> Iterator[Episode | Rejected]:
     ``wrong_type``, the reasons of JSON syntax, ``damaged_file``, ``too_large``.
 
     Raises:
-        UserError: a folder without .json or .json.gz files, or a file that cannot be opened.
+        UserError: a folder without .json or .json.gz files.
     """
     return map(_read_file, find(path))
 

@@ -62,7 +62,7 @@ def find(path: Path) -> Iterator[Path]:
 def read(path: Path) -> Iterator[Episode | Rejected]:
     """Every trajectory of a file or folder.
 
-    Raises UserError for a folder without such files, or a file that cannot be opened.
+    Raises UserError for a folder without such files.
     """
     return chain.from_iterable(_read_file(file) for file in find(path))
 

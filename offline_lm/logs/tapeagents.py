@@ -68,7 +68,7 @@ def read(path: Path, *, dataset: str | None = None) -> Iterator[Episode | Reject
         dataset: Name of the collection; by default the folder's that holds the file.
 
     Raises:
-        UserError: a folder without .json or .jsonl files, or a file that cannot be opened.
+        UserError: a folder without .json or .jsonl files.
     """
 
     def tapes(file: Path) -> Iterator[Episode | Rejected]:

@@ -87,7 +87,7 @@ def find(path: Path) -> Iterator[Path]:
 def read(path: Path) -> Iterator[Episode | Rejected]:
     """Every rollout of a folder, or those of a file.
 
-    Raises UserError for a folder without such files, or a file that cannot be opened.
+    Raises UserError for a folder without such files.
     """
     return (item for file in find(path) for item in _read_file(file))
 

@@ -55,7 +55,7 @@ def find(path: Path) -> Iterator[Path]:
 def read(path: Path) -> Iterator[Episode | Rejected]:
     """Every session of a folder, or the one of a file.
 
-    Raises UserError for a folder without sessions, or a file that cannot be opened.
+    Raises UserError for a folder without sessions.
     """
     return map(_read_file, find(path))
 

@@ -98,7 +98,7 @@ def find(path: Path) -> Iterator[Path]:
 def read(path: Path, *, model: str | None = None) -> Iterator[Episode | Rejected]:
     """Every rollout of every search in a log, or in those of a folder. `model` names the model; the logs do not.
 
-    Raises UserError for a folder without logs, or a file that cannot be opened.
+    Raises UserError for a folder without logs.
     """
     return chain.from_iterable(_read_file(file, model) for file in find(path))
 

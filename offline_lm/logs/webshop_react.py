@@ -55,7 +55,7 @@ def find(path: Path) -> Iterator[Path]:
 def read(path: Path, *, model: str | None = None) -> Iterator[Episode | Rejected]:
     """Every episode of a transcript, or of those under a folder. `model` names the model, which they do not say.
 
-    Raises UserError for a folder without transcripts, or a file that cannot be opened.
+    Raises UserError for a folder without transcripts.
     """
     return chain.from_iterable(_read_file(file, model) for file in find(path))
 

@@ -78,7 +78,7 @@ def read(
     `dataset` is the run's folder unless given; `model` is not logged; `max_iter` is the runner's ``--max_iter``.
 
     Raises:
-        UserError: a folder without any such file, or a file that cannot be opened.
+        UserError: a folder without any such file.
     """
     return (_read_file(file, dataset, model, max_iter) for file in find(path))
 

@@ -3,9 +3,9 @@
 Three things are taken for secrets: what a pattern finds (`default_patterns`), the whole value of a key named like
 password, token or cookie, and what an action types into a password field (`offline_lm.store._typed`). Each becomes
 ``[redacted:KIND:n]``, numbered within the episode in the order found: equal secrets stay equal, so a goal still matches
-what was typed. (The hash of the whole record, ``provenance.sha256``, stays.) A secret found once is then replaced wherever else the
-episode holds it as a whole word: from 8 characters if a pattern found it, from 4 if it was typed into a password field;
-a shorter one only in the step that typed it.
+what was typed. (The hash of the whole record, ``provenance.sha256``, stays.) A secret found once is then replaced
+wherever else the episode holds it as a whole word: from 8 characters if a pattern found it, from 4 if it was typed into
+a password field; a shorter one only in the step that typed it.
 
 Token ids of a redacted text would give it away: they are dropped (flag ``tokens_dropped_by_redaction``). An episode
 that anything was taken out of has the flag ``redacted``.
