@@ -226,7 +226,7 @@ def _lost_with(store: Store, table: str, name: str) -> tuple[str, ...]:
     The other table is read as far as its own files can be.
     """
     other = "steps" if table == "episodes" else "episodes"
-    have = _readable(store, table, ["episode_id", "ingest_id"])
+    have = _readable(store, table, ["episode_id", "ingest_id"], without=name)
     keys = {(row["episode_id"], row["ingest_id"]) for row in have}
     columns = ["episode_id", "ingest_id"] + (["provenance"] if other == "episodes" else [])
     gone = [row for row in _readable(store, other, columns) if (row["episode_id"], row["ingest_id"]) not in keys]
@@ -238,9 +238,11 @@ def _name(row: dict[str, Any]) -> str:
     return f"{came['uri']} ({came['native_id']})" if came.get("uri") else f"episode {row['episode_id']}"
 
 
-def _readable(store: Store, table: str, columns: list[str]) -> list[dict[str, Any]]:
+def _readable(store: Store, table: str, columns: list[str], without: str = "") -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for file in store.files(table):
+        if Path(file).name == without:
+            continue
         with suppress(OSError, pa.ArrowException):  # the file is a finding of its own
             rows += store.read_file(table, file, columns).to_pylist()
     return rows
