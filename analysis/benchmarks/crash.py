@@ -32,7 +32,7 @@ from offline_lm.store.rows import episode_id
 from offline_lm.types import Episode, Step
 
 EPISODES, BATCH = 120, 6
-MOST = {"ingest": 24, "compact": 12, "vacuum": 4}
+MOST = {"ingest": 12, "compact": 12, "vacuum": 3}
 """Kills in one phase of a store: the next attempt is let through, however slow the machine."""
 POINTS = ("begun", "written", "committed", "synced")
 
@@ -132,7 +132,7 @@ def _work(phase: str, store: str, seed: int, point: str | None, write: int) -> N
 
         add(Store.create(store), log(seed), batch=BATCH, acknowledge=acknowledge)
     elif phase == "compact":
-        compact(Store.open(store), target=24_000)  # several commits a table
+        compact(Store.open(store), target=100_000)  # several commits a table
     else:
         vacuum(Store.open(store), hours=0)
 
