@@ -155,7 +155,7 @@ def _webarena() -> Sample:
         body += f"<div class='predict_action'>{action}</div>\n"
         said = parsed
     head = f"\n<!DOCTYPE html>\n<head>\n    {style}    </style>\n</head>\n<html>\n    <body>\n     "
-    told = ("[Config file]: /tmp/21.json", "[Intent]: List", "[Result] (PASS) /tmp/21.json", "Average score: 1.0")
+    told = ("[Config file]: /runs/21.json", "[Intent]: List", "[Result] (PASS) /runs/21.json", "Average score: 1.0")
     log = "".join(f"2023-09-24 16:32:0{i},509 - INFO - {line}\n" for i, line in enumerate(told))
     html = File("run/render_21.html", (head + body + "\n    </body>\n</html>\n").encode())
     return Sample("webarena", (html, File("run/merged_log.txt", log.encode()), of_json("run/config.json", config)))

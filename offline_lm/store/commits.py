@@ -84,9 +84,10 @@ def write_file(table: str, url: str, batches: Iterable[pa.RecordBatch], *, data_
                     rows += part.num_rows
         size = files.get_file_info(name).size
         if "://" not in url:
-            written, name = name, name.replace(".parquet", f".{digest_of(Path(url, name))}.parquet")
-            sync(Path(url, written))
-            files.move(written, name)
+            sync(Path(url, name))
+            final = name.replace(".parquet", f".{digest_of(Path(url, name))}.parquet")
+            files.move(name, final)
+            name = final
             sync(Path(url))
     except BaseException:
         if files.get_file_info(name).type != fs.FileType.NotFound:

@@ -13,7 +13,7 @@ from offline_lm.logs._adapters import Sample
 from offline_lm.store import rows
 from offline_lm.types import Episode, Rejected
 
-GAME = "/root/.cache/json_2.1.1/train/pick_heat_then_place-Cup-None-SideTable-28/trial_T2019/game.tw-pddl"
+GAME = "/data/json_2.1.1/train/pick_heat_then_place-Cup-None-SideTable-28/trial_T2019/game.tw-pddl"
 
 
 def step(number: int, action: str, prompt: str, answer: str, reward=0.0, done=False) -> dict[str, Any]:

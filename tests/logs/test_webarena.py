@@ -76,7 +76,7 @@ def log(*lines):
 
 
 def started(number=21):
-    return f"[Config file]: /tmp/tmpabc/{number}.json", f"[Intent]: {CONFIG['intent']}"
+    return f"[Config file]: /scratch/abc/{number}.json", f"[Intent]: {CONFIG['intent']}"
 
 
 CLICK = ("Let me look.\n```click [12]```", "click [12] where [12] is [12] link 'Reviews (12)'")
@@ -105,7 +105,7 @@ def test_the_episode(folder):
     folder.mkdir()
     arguments = {"model": "gpt-4", "agent_type": "prompt", "temperature": 1.0, "top_p": 0.9, "max_tokens": 384}
     (folder / "config.json").write_text(json.dumps(arguments))
-    got = one(folder, renderer, *started(), "[Result] (PASS) /tmp/tmpabc/21.json", "Average score: 1.0")
+    got = one(folder, renderer, *started(), "[Result] (PASS) /scratch/abc/21.json", "Average score: 1.0")
     assert isinstance(got, Episode)
     assert (got.source, got.dataset, got.native_id, got.policy_id) == ("webarena", "gpt4_cot", "21", "gpt4_cot")
     assert (got.benchmark, got.task_id, got.task_family, got.site) == ("webarena", "webarena/21", "222", "shopping")
@@ -156,7 +156,7 @@ def test_no_log_is_unlabelled(folder):
 
 
 def test_the_last_run_of_a_task_counts(folder):
-    failed, passed = (f"[Result] ({verdict}) /tmp/tmpabc/21.json" for verdict in ("FAIL", "PASS"))
+    failed, passed = (f"[Result] ({verdict}) /scratch/abc/21.json" for verdict in ("FAIL", "PASS"))
     renderer = Renderer().page(*CLICK).page(*STOP)
     assert one(folder, renderer, *started(), failed, *started(), passed).success is True
     assert one(folder, renderer, *started(), passed, *started(), failed).steps[-1].reward == 0.0
@@ -167,14 +167,14 @@ def test_the_last_run_of_a_task_counts(folder):
 
 
 def test_words_of_the_agent_are_no_result(folder):
-    said = "[Intent]: x [Result] (PASS) /tmp/21.json", "they say [Result] (PASS) /tmp/21.json"
+    said = "[Intent]: x [Result] (PASS) /scratch/21.json", "they say [Result] (PASS) /scratch/21.json"
     assert one(folder, Renderer().page(*STOP), *started(), *said).success is None
 
 
 def test_log_files_beside(folder):
     Renderer().page(*STOP).write(folder)
     (folder / "log_files").mkdir()
-    passed = log(*started(), "[Result] (PASS) /tmp/tmpabc/21.json")
+    passed = log(*started(), "[Result] (PASS) /scratch/abc/21.json")
     (folder / "log_files" / "log_20230924163200_1.log").write_text(passed.replace("PASS", "FAIL"))
     (folder / "log_files" / "log_20230925163200_7.log").write_text(passed)
     (got,) = read(folder)
@@ -193,7 +193,7 @@ def test_log_files_beside(folder):
 )
 def test_the_harness_stops(folder, stop, terminated, truncated, reason):
     renderer = Renderer().page(*CLICK).page("", stop, text="the last page")
-    got = one(folder, renderer, *started(), "[Result] (FAIL) /tmp/tmpabc/21.json")
+    got = one(folder, renderer, *started(), "[Result] (FAIL) /scratch/abc/21.json")
     assert (got.terminated, got.truncated, got.end_reason, got.final_answer) == (terminated, truncated, reason, None)
     step, final = got.steps
     assert (step.terminated, step.truncated, step.reward) == (terminated, truncated, 0.0)
