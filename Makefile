@@ -48,7 +48,7 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports
 
 bench: $(INSTALLED)
-	for script in analysis/benchmarks/*.py; do $(BIN)/python "$$script" json=true; done
+	for script in analysis/benchmarks/[!_]*.py; do $(BIN)/python "$$script" json=true; done
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
