@@ -47,8 +47,9 @@ lint: $(INSTALLED)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
+# Every benchmark beside its peer, and the README's table anew; crash.py, fuzz.py and planted_secrets.py run apart.
 bench: $(INSTALLED)
-	for script in analysis/benchmarks/[!_]*.py; do $(BIN)/python "$$script" json=true; done
+	$(BIN)/python analysis/benchmarks/run_all.py readme=README.md
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -20,8 +20,8 @@ from offline_lm.logs._labels import Labels
 from offline_lm.store import Store
 from offline_lm.store.ingest import Writer
 
-WORTH_PROCESSES = 256 << 20
-"""Bytes of log from which starting processes pays by itself."""
+WORTH_PROCESSES = 96 << 20
+"""Bytes of log from which starting processes (each a second or two of imports) pays by itself."""
 _MEDIA = ("keep", "reference")
 
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import yaml
 from omegaconf import DictConfig
 
-from offline_lm import cli, paths
+from offline_lm import cli, paths, udf
 from offline_lm.errors import UserError
 from offline_lm.store import Store
 from offline_lm.store.connect import explained
@@ -67,6 +67,7 @@ def query(cfg: DictConfig, text: str, params: dict[str, str]) -> dict[str, Any] 
     sql = read_sql(text)
     store = Store.open(cfg.store, cfg.version)
     with store.connect() as db:
+        udf.register(db, store)
         db.execute("SET errors_as_json = true")
         with _sql_errors(sql), explained(store):
             statements = db.extract_statements(sql)
@@ -170,7 +171,10 @@ def _sql_errors(sql: str) -> Iterator[None]:
             fields = json.loads(detail)
         except ValueError:
             raise UserError(f"SQL: {' '.join(str(error).split())}") from error
-        message = f"SQL: {kind.removesuffix(' Error')}: {' '.join(fields['exception_message'].split())}"
+        told = " ".join(fields["exception_message"].split())
+        if own := re.search(r"^Python exception occurred while executing the UDF: UserError: (.*)", told):
+            raise UserError(own[1]) from error
+        message = f"SQL: {kind.removesuffix(' Error')}: {told}"
         if "position" in fields:
             before = sql.encode()[: int(fields["position"])].decode(errors="replace")
             line, column = before.count("\n") + 1, len(before) - (before.rfind("\n") + 1) + 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +34,7 @@ class Run:
     writer: SummaryWriter | None
     metrics: list[dict[str, Any]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
+    finished: bool = False
 
     @classmethod
     def start(cls, store: Store, cfg: DictConfig, algo: str) -> Run:
@@ -45,7 +48,7 @@ class Run:
             "command": "fit",
             "algo": algo,
             "model": cfg.model.path or "tiny",
-            "seed": cfg.seed,
+            "seed": cfg.seed if cfg.heads_seed is None else cfg.heads_seed,
             "started_at": datetime.now(UTC),
             "run_dir": str(folder),
             "git_revision": _revision(),
@@ -88,6 +91,19 @@ class Run:
             "metrics": json.dumps(metrics),
         }
         self.store.append("runs", [{**self.row, **end}])
+        self.finished = True
+
+
+@contextmanager
+def failing(runs: list[Run]) -> Iterator[None]:
+    """What goes wrong inside ends the runs that are not finished with status `failed`."""
+    try:
+        yield
+    except BaseException:
+        for run in runs:
+            if not run.finished:
+                run.finish("failed", 0, {})
+        raise
 
 
 def _revision() -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import gzip
-import os
 import sys
 import time
 import zlib
@@ -25,11 +24,12 @@ from tqdm import tqdm
 from offline_lm import cli
 from offline_lm.errors import UserError
 from offline_lm.models import devices
-from offline_lm.models.critic import Critic, Score
-from offline_lm.store import Store
+from offline_lm.models.critic import Critic, Score, find_run
 
-CHUNK = 256
-"""Rows that are read, scored and written at a time."""
+CHUNK = 1024
+"""Rows that are read, scored and written at a time; fewer are scored together where their texts are long."""
+_READ = 64
+"""Rows that are taken out of a Parquet file at a time."""
 ADDED = ("v", "q", "advantage")
 
 State = dict[str, Any]
@@ -73,35 +73,11 @@ def score(cfg: DictConfig) -> dict[str, Any]:
     return {"rows": rows, "seconds": round(seconds, 3), "states_per_s": round(per_s, 1), "output": str(output)}
 
 
-def find_run(run: str, store_url: str) -> Path:
-    """Folder of the run that ``run`` names: a folder itself, or a run id or ``latest`` of the store.
-
-    A run lies where the table `runs` says; a store that was moved keeps those in its own runs/.
-
-    Raises:
-        UserError: no such run, or its folder is gone or holds no critic.
-    """
-    if (Path(run) / "critic.json").is_file() or os.sep in run:
-        return Path(run)  # Critic.from_pretrained says what a folder without a critic lacks
-    store = Store.open(store_url)
-    run_id = store.resolve_run(run)
-    with store.connect() as db:
-        found = db.execute("SELECT run_dir, status FROM runs WHERE run_id = ?", [run_id]).fetchone()
-    recorded, status = found or (None, None)
-    folders = [Path(recorded)] if recorded else []
-    if store.is_local:
-        folders.append(store.run_dir(run_id))
-    for folder in folders:
-        if (folder / "critic.json").is_file():
-            return folder
-    problem = f"has no critic in {folders[0]}" if folders and folders[0].is_dir() else f"is gone: no folder {recorded}"
-    raise UserError(f"run {run_id} ({status}) {problem}; restore it, train again, or name another run or its folder")
-
-
 def score_parquet(source: Path, beside: Path, scores: ScoreAll, has_q: bool, bar: tqdm) -> int:
     """Scores the rows of a Parquet file into the file ``beside``; returns how many there were."""
     with _reading():
-        opened = pq.ParquetFile(source)
+        # without pre_buffer a row group, however large, is read page by page
+        opened = pq.ParquetFile(source, pre_buffer=False, buffer_size=2**20)
     with opened as file:
         schema = file.schema_arrow
         _check_columns(schema.names, has_q)
@@ -115,7 +91,7 @@ def score_parquet(source: Path, beside: Path, scores: ScoreAll, has_q: bool, bar
 
         def states() -> Iterator[State]:
             with _reading():
-                for batch in file.iter_batches(CHUNK):
+                for batch in file.iter_batches(_READ):
                     ahead.append((batch, batch.to_pylist()))
                     yield from ahead[-1][1]
 

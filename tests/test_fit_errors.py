@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from offline_lm import cli, fit, ingest, paths, query, score
+from offline_lm import _fit_checks, cli, fit, ingest, paths, query, score
 from offline_lm.store import Store
 
 SMALL = ("optim.steps=2", "baselines=false", "logger=none", "threads=1")
@@ -163,6 +163,7 @@ def test_sql_with_an_error(store, mistake):
         "data.held_out=some",
         "data.history=-1",
         "data.max_tokens=1e3",
+        "data.resident=maybe",
         "data.truncated=maybe",
         "device=abacus",
         "device=cuda:99",
@@ -176,11 +177,13 @@ def test_sql_with_an_error(store, mistake):
         "optim.batch_size=0",
         "optim.lr=nan",
         "optim.steps=0",
+        "optim.precision=int8",
         "optim.steps=true",
         "run_dir=log.jsonl",
         "run_dir=log.jsonl/below",
         "seed=some",
         "seed=-1",
+        "heads_seed=-1",
         "threads=0",
         "threads=two",
     ],
@@ -198,7 +201,7 @@ def test_an_argument_that_the_algorithm_does_not_take(store, mistake):
 
 def test_every_key_that_is_checked_is_in_the_configuration():
     known = set(cli._keys("fit"))
-    checked = {key for _, _, keys in fit._RULES for key in keys.split()}
+    checked = {key for _, _, keys in _fit_checks.RULES for key in keys.split()}
     assert checked <= known
 
 

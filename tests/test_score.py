@@ -6,10 +6,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tqdm import tqdm
 
 from offline_lm import score
 from offline_lm.models import backbone
-from offline_lm.models.critic import Critic
+from offline_lm.models.critic import Critic, Score
 from offline_lm.models.heads import Heads
 from offline_lm.store import Store
 
@@ -157,6 +158,28 @@ def test_a_critic_of_states_alone_gives_null(run, tmp_path):
     pq.write_table(pa.Table.from_pylist(_states(3)).drop_columns("history"), "in.parquet")
     assert run("run=./v_only", "input=in.parquet", "output=out.parquet")[0] == 0
     assert pq.read_table("out.parquet")["q"].to_pylist() == [None] * 3
+
+
+def test_memory_is_bounded_whatever_the_row_group(tmp_path):
+    """One row group of 150 MB of text: what is held at any time is a part of it."""
+    n, page = 3000, "x" * 50_000
+    rows = pa.table({"goal": ["g"] * n, "observation": [f"{i}{page}" for i in range(n)], "action": ["a"] * n})
+    pq.write_table(rows, tmp_path / "in.parquet", use_dictionary=False, compression="none", row_group_size=n)
+    del rows
+    held = []
+
+    def scores(states):
+        for i, state in enumerate(states):
+            assert state["observation"].startswith(f"{i}x")
+            held.append(pa.total_allocated_bytes() - before)
+            yield Score(0.0, [1.0])
+
+    before = pa.total_allocated_bytes()
+    with tqdm(disable=True) as bar:
+        done = score.score_parquet(tmp_path / "in.parquet", tmp_path / "out.parquet", scores, True, bar)
+    assert done == n
+    assert max(held) < 75e6
+    assert pq.read_table(tmp_path / "out.parquet", columns=["q"])["q"].to_pylist() == [1.0] * n
 
 
 def test_an_empty_file_gives_an_empty_file(run):

@@ -1,44 +1,48 @@
 """Training of value heads from cached features, beside d3rlpy's IQL on the same features in the same run.
 
-    python analysis/benchmarks/heads.py [json=true] [updates=30] [repeats=5] [threads=2,1] [batch=256,2048]
+    python analysis/benchmarks/heads.py [json=true] [updates=20] [repeats=3] [threads=2] [batch=256,2048]
+                                        [precision=float32] [clock=wall]
 
-Transitions a second, drawing of batches included. Features are 768 numbers for each state and each action, random (the
+Transitions a second (`clock=cpu`: a CPU-second of this process, for a machine that others use too), drawing of batches
+included. Features are 768 numbers for each state and each action, random (the
 time does not depend on what they are), in ragged episodes of 1 to 30 steps. Every repeat runs all the rows below one
 after another for as many updates, and medians over the repeats are compared.
 
     peer         d3rlpy's IQL with the networks of our heads and its Gaussian actor
     peer_stock   d3rlpy's IQL as it stands: Q reads state and action end to end, so its first layer is twice as wide
-    ours         `offline_lm.fit.train` with `offline_lm.algos.iql_lm` and the same actor: the same work as `peer`
+    ours         the loop of `fit` with `offline_lm.algos.iql_lm` and the same actor: the same work as `peer`
     ours_critic  the same without the actor: what `fit algo=iql_lm` does, less work than any row of the peer
-    floor        the matrix products of `ours_critic` alone, in float32
+    floor        the matrix products of `ours_critic` alone
+    one_by_one   three settings, each trained by itself on features read from their file; transitions of all three
+    sweep        the same three settings trained at once, as `sweep=` does
 
-`ratio` is ours / peer: identical work, batch 256. All train twin Q and V with two hidden layers of 256.
+`ratio` is ours / peer: identical work, the first batch size. All train twin Q and V with two hidden layers of 256.
+`precision=bfloat16` is for a machine that multiplies it fast; the peer has no such option and stays in float32.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import platform
-import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # before tqdm is imported
 
+import _measure
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from offline_lm import fit
+from offline_lm import _fit_train
 from offline_lm.algos.iql_lm import IQL
-from offline_lm.batches.render import Cuts
 from offline_lm.batches.replay import Replay
-from offline_lm.batches.tokens import Tokens
 from offline_lm.losses.returns import bootstrap_mask, discounted_returns, next_values
 from offline_lm.losses.td import ensemble_min, td_target
 from offline_lm.models.batching import CachedBatches
@@ -48,10 +52,22 @@ from offline_lm.types import Batch
 
 WIDTH, GAMMA, TAU, POLYAK, LR = 768, 0.95, 0.8, 0.005, 3e-4
 GOAL = {256: 2.5, 2048: 3.5}
+SETTINGS = 3
+CPU = torch.device("cpu")
 
 
-def replay_of(episodes: int, seed: int = 0) -> tuple[Features, Replay, Tokens]:
-    """Random features of ragged episodes; two in three end in a terminal, the others at a limit."""
+@dataclass(frozen=True)
+class Data:
+    features: Features
+    replay: Replay
+    tokens: Any
+
+    def batches(self, resident: bool = True) -> CachedBatches:
+        return CachedBatches(self.features, self.replay, self.tokens, CPU, resident=resident)
+
+
+def data_of(episodes: int, folder: Path, seed: int = 0) -> Data:
+    """Random features in files, of ragged episodes; two in three end in a terminal, the others at a limit."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 31, episodes)
     offsets = np.r_[0, np.cumsum(lengths)]
@@ -62,7 +78,6 @@ def replay_of(episodes: int, seed: int = 0) -> tuple[Features, Replay, Tokens]:
     reward = np.where(terminated, rng.random(n) < 0.5, 0.0).astype(np.float64)
     continues = torch.from_numpy((~terminated).astype(np.float64))
     torch_offsets = torch.from_numpy(offsets)
-    returns = discounted_returns(torch.from_numpy(reward), continues, torch_offsets, gamma=GAMMA).numpy()
     everything = np.ones(n, bool)
     replay = Replay(
         episode_ids=[str(i) for i in range(episodes)],
@@ -72,19 +87,16 @@ def replay_of(episodes: int, seed: int = 0) -> tuple[Features, Replay, Tokens]:
         acted=everything,
         reward=reward,
         terminated=terminated,
-        returns=returns,
+        returns=discounted_returns(torch.from_numpy(reward), continues, torch_offsets, gamma=GAMMA).numpy(),
         bootstraps=bootstrap_mask(continues, torch_offsets).numpy(),
         success=np.zeros(episodes),
         held_out=np.zeros(episodes, bool),
     )
-    one = np.arange(n + 1)
-    ids, none = np.zeros(n, np.uint16), np.zeros(0, np.int64)
-    tokens = Tokens(
-        ids, one, ids, one, one, everything, everything, np.zeros(n + 1, np.int64), none,
-        np.zeros(n, np.int64), np.zeros((n, 2), np.int64), Cuts(),
-    )  # fmt: skip
-    features = Features(*(rng.standard_normal((n, WIDTH), dtype=np.float32) for _ in range(2)))
-    return features, replay, tokens
+    for name in "vq":
+        np.save(folder / f"{name}.npy", rng.standard_normal((n, WIDTH), dtype=np.float32))
+    features = Features(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in "vq"))
+    tokens = SimpleNamespace(usable=everything, acted=everything, branch_ptr=np.arange(n + 1))
+    return Data(features, replay, tokens)
 
 
 class HeadsWithActor(Heads):
@@ -129,6 +141,7 @@ class Optim:
 
     steps: int
     batch_size: int
+    precision: str = "float32"
     lr: float = LR
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -145,30 +158,55 @@ class Silent:
     def checkpoint(self, *_: Any) -> None: ...
 
 
-Timed = Callable[[int, int], float]
-"""(batch size, updates) -> transitions a second"""
+def train(algos: Sequence[IQL], heads: Sequence[Heads], data: Data, cached: CachedBatches, optim: Optim) -> int:
+    """All the algorithms on the same batches, as `fit` trains them; the rows that each has seen."""
+    seen = 0
+
+    def make(rows: np.ndarray) -> Batch:
+        nonlocal seen
+        seen += len(rows)
+        return cached(rows)
+
+    run: Any = Silent()
+    settings: Any = optim
+    learners = [_fit_train.Learner(algo, each, settings, run) for algo, each in zip(algos, heads, strict=True)]
+    _fit_train.train(learners, make, data.replay, settings, 0)
+    return seen
 
 
-def ours(cached: CachedBatches, replay: Replay, actor: bool) -> Timed:
-    heads = HeadsWithActor() if actor else Heads(WIDTH)
-    algo = (IQLWithActor if actor else IQL)(gamma=GAMMA, tau=TAU, polyak=POLYAK)
-
-    def timed(batch_size: int, updates: int) -> float:
-        seen = 0
-
-        def make(rows: np.ndarray) -> Batch:
-            nonlocal seen
-            seen += len(rows)
-            return cached(rows)
-
-        started = time.perf_counter()
-        fit.train(algo, heads, make, replay, Optim(updates, batch_size), 0, Silent())  # type: ignore[arg-type]
-        return seen / (time.perf_counter() - started)
-
-    return timed
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def peer(data: Any, stock: bool) -> Timed:
+def timed(work: Callable[[], int], clock: Callable[[], float]) -> Callable[[], float]:
+    """A row: rows a second of `clock` that `work`, which returns how many it did, takes."""
+
+    def row() -> float:
+        started = clock()
+        return work() / (clock() - started)
+
+    return row
+
+
+def ours_rows(data: Data, optim: Optim) -> dict[str, Callable[[], int]]:
+    resident, mapped = data.batches(), data.batches(resident=False)
+    algo = IQL(gamma=GAMMA, tau=TAU, polyak=POLYAK)
+    with_actor = IQLWithActor(gamma=GAMMA, tau=TAU, polyak=POLYAK)
+    critic, acting = Heads(WIDTH), HeadsWithActor()
+    some = [replace(algo, tau=tau) for tau in (0.7, 0.8, 0.9)]
+    own = [Heads(WIDTH) for _ in range(SETTINGS)]
+
+    def one_by_one() -> int:
+        return sum(train([a], [h], data, mapped, optim) for a, h in zip(some, own, strict=True))
+
+    return {
+        "ours": lambda: train([with_actor], [acting], data, resident, optim),
+        "ours_critic": lambda: train([algo], [critic], data, resident, optim),
+        "one_by_one": one_by_one,
+        "sweep": lambda: SETTINGS * train(some, own, data, mapped, optim),
+    }
+
+
+def peer(transitions: Any, stock: bool, batch_size: int, updates: int) -> Callable[[], int]:
     import d3rlpy
 
     from offline_lm.interop.d3rlpy import iql
@@ -178,25 +216,23 @@ def peer(data: Any, stock: bool) -> Timed:
         if stock
         else iql(gamma=GAMMA, tau=TAU, polyak=POLYAK, lr=LR)
     )
-    algo.build_with_dataset(data)
+    algo.build_with_dataset(transitions)
 
-    def timed(batch_size: int, updates: int) -> float:
-        started = time.perf_counter()
+    def work() -> int:
         for _ in range(updates):
-            algo.update(data.sample_transition_batch(batch_size))
-        return batch_size * updates / (time.perf_counter() - started)
+            algo.update(transitions.sample_transition_batch(batch_size))
+        return batch_size * updates
 
-    return timed
+    return work
 
 
-def floor() -> Timed:
+def floor(batch_size: int, updates: int, dtype: torch.dtype) -> Callable[[], int]:
     """The matrix products of `ours_critic` alone: forward online and target, backward weights and hidden layer."""
-    weights = [(torch.randn(k, WIDTH, 256), torch.randn(k, 256, 256)) for k in (1, 2)]
+    weights = [(torch.randn(k, WIDTH, 256, dtype=dtype), torch.randn(k, 256, 256, dtype=dtype)) for k in (1, 2)]
+    x = torch.randn(batch_size, WIDTH, dtype=dtype)
+    hidden = [torch.randn(k, batch_size, 256, dtype=dtype) for k in (1, 2)]
 
-    def timed(batch_size: int, updates: int) -> float:
-        x = torch.randn(batch_size, WIDTH)
-        hidden = [torch.randn(k, batch_size, 256) for k in (1, 2)]
-        started = time.perf_counter()
+    def work() -> int:
         for _ in range(updates):
             for (first, second), h in zip(weights, hidden, strict=True):
                 wide = x.expand(len(first), -1, -1)
@@ -206,84 +242,54 @@ def floor() -> Timed:
                 torch.bmm(wide.mT, h)  # gradients of both weights, and of what the second layer read
                 torch.bmm(h.mT, h)
                 torch.bmm(h, second.mT)
-        return batch_size * updates / (time.perf_counter() - started)
+        return batch_size * updates
 
-    return timed
+    return work
 
 
-def measure(updates: int, repeats: int, threads: list[int], batches: list[int]) -> dict[str, Any]:
-    import d3rlpy
-
+def measure(given: dict[str, str], folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     from offline_lm.interop.d3rlpy import dataset
 
-    features, replay, tokens = replay_of(2_000)
-    cached = CachedBatches(features, replay, tokens, torch.device("cpu"))
+    data = data_of(1_000, folder)
     with contextlib.redirect_stdout(sys.stderr):  # d3rlpy logs there
-        data = dataset(cached(np.arange(len(replay))))
+        transitions = dataset(data.batches()(np.arange(len(data.replay))))
     torch.manual_seed(0)
-    rows: dict[str, Timed] = {
-        "peer": peer(data, stock=False),
-        "ours": ours(cached, replay, actor=True),
-        "peer_stock": peer(data, stock=True),
-        "ours_critic": ours(cached, replay, actor=False),
-        "floor": floor(),
-    }
     table = []
-    for n_threads in threads:
-        torch.set_num_threads(n_threads)
-        for batch_size in batches:
-            count = max(4, updates * 256 // batch_size)
-            for timed in rows.values():
-                timed(batch_size, 3)
-            seen: dict[str, list[float]] = {name: [] for name in rows}
-            for _ in range(repeats):
-                for name, timed in rows.items():
-                    seen[name].append(timed(batch_size, count))
-            medians = {name: round(statistics.median(values)) for name, values in seen.items()}
-            paired = [mine / theirs for mine, theirs in zip(seen["ours"], seen["peer"], strict=True)]
+    for threads in map(int, given["threads"].split(",")):
+        torch.set_num_threads(threads)
+        for batch_size in map(int, given["batch"].split(",")):
+            updates = max(4, int(given["updates"]) * 256 // batch_size)
+            optim = Optim(updates, batch_size, given["precision"])
+            with contextlib.redirect_stdout(sys.stderr):
+                rows = {
+                    "peer": peer(transitions, False, batch_size, updates),
+                    "peer_stock": peer(transitions, True, batch_size, updates),
+                    **ours_rows(data, optim),
+                    "floor": floor(batch_size, updates, getattr(torch, given["precision"])),
+                }
+                clocked = {name: timed(work, CLOCKS[given["clock"]]) for name, work in rows.items()}
+                seen = _measure.repeat(clocked, int(given["repeats"]))
+            medians = {name: round(value) for name, value in _measure.medians(seen).items()}
             table.append({
-                "threads": n_threads, "batch": batch_size, **medians,
-                "ratio": round(medians["ours"] / medians["peer"], 2),
-                "ratio_range": [round(min(paired), 2), round(max(paired), 2)],
-                "critic_to_stock": round(medians["ours_critic"] / medians["peer_stock"], 2),
-                "critic_to_floor": round(medians["floor"] / medians["ours_critic"], 2), "goal": GOAL.get(batch_size),
+                "threads": threads, "batch": batch_size, **medians,
+                "ratio": round(medians["ours"] / medians["peer"], 2), "goal": GOAL.get(batch_size),
+                "floor_to_critic": round(medians["floor"] / medians["ours_critic"], 2),
+                "sweep_gain": round(medians["sweep"] / medians["one_by_one"], 2),
             })  # fmt: skip
-    head = max((row for row in table if row["batch"] == batches[0]), key=lambda row: row["peer"])
-    return {
-        "ours": head["ours"],
-        "peer": head["peer"],
-        "ratio": head["ratio"],
-        "goal": head["goal"],
-        "unit": "transitions/s",
-        "rows": table,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "d3rlpy": d3rlpy.__version__,
-            "updates": updates,
-            "repeats": repeats,
-        },
-    }
+    first = table[0]
+    result = {name: first[name] for name in ("ours", "peer", "ratio", "goal")}
+    settings = {name: given[name] for name in ("updates", "repeats", "precision", "clock")}
+    versions = _measure.versions("torch", "d3rlpy", **settings)
+    return {**result, "unit": "transitions/s", "versions": versions}, table
 
 
 def main(argv: list[str]) -> None:
-    given = {"json": "false", "updates": "30", "repeats": "5", "threads": "2,1", "batch": "256,2048"}
-    for argument in argv:
-        key, _, value = argument.partition("=")
-        if key not in given:
-            raise SystemExit(f"no `{key}`; there are {', '.join(given)}")
-        given[key] = value
-    numbers = {key: [int(part) for part in given[key].split(",")] for key in ("threads", "batch")}
-    result = measure(int(given["updates"]), int(given["repeats"]), numbers["threads"], numbers["batch"])
-    if given["json"] == "true":
-        print(json.dumps(result))
-        return
-    names = ["threads", "batch", "peer", "ours", "ratio", "goal", "peer_stock", "ours_critic", "floor"]
-    print("transitions a second; peer and ours do the same work, the head of this file says which")
-    print("  ".join(f"{name:>15}" for name in names))
-    for row in result["rows"]:
-        print("  ".join(f"{row[name]!s:>15}" for name in names))
-    print(f"\npython {' '.join([os.path.relpath(__file__), *argv])}")
+    given = _measure.arguments(
+        argv, updates="20", repeats="3", threads="2", batch="256,2048", precision="float32", clock="wall"
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        result, rows = measure(given, Path(folder))
+    _measure.report(result, rows, given, __file__)
 
 
 if __name__ == "__main__":

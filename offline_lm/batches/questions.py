@@ -221,7 +221,7 @@ class _Row:
         return Questions(
             ids,
             targets,
-            Layout(self.prompts, self.branches),
+            Layout.of(self.prompts, self.branches),
             goals=torch.tensor(goals, dtype=torch.long),
             goal_returns=torch.tensor(returned, dtype=torch.float32),
             goal_acted=torch.tensor(acted, dtype=torch.bool),

@@ -1,16 +1,19 @@
 """From a step to the parts of its prompt, and from tokens of parts to one prompt within a budget.
 
-A prompt is `frame | history | page | goal | frame`, a response follows it. The goal stands last, so that one
-encoding of a page can be asked about many goals (`models.represent`). Each part is tokenised by itself and the ids
-are joined, so that the boundary between prompt and response is a token boundary for every tokenizer
-(DESIGN section 4, trap 6), and the tokens of [s; a] begin with the tokens of [s] whatever a is.
+A prompt is `frame | past | page | goal | frame`, a response follows it. The goal stands last, so that one encoding
+of a page can be asked about many goals (`models.represent`). The past is the last few actions, or whole turns: then
+the prompts of an episode go on from one another but for goal and frame, and one pass encodes them all.
+
+Each part is tokenised by itself and the ids are joined, so that the boundary between prompt and response is a token
+boundary for every tokenizer (DESIGN section 4, trap 6), and the tokens of [s; a] begin with the tokens of [s] whatever
+a is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import astuple, dataclass
+from typing import Any, Protocol
 
 VERSION = "3"
 """Part of every cache key: raise it when the tokens of a prompt change."""
@@ -54,6 +57,11 @@ def past_text(action: str) -> str:
     return f"Did: {action if len(action) <= 200 else action[:200] + '…'}\n"
 
 
+def turn_text(action: str) -> str:
+    """What follows the page of a past turn."""
+    return f"\nDid: {action}\n"
+
+
 def page_text(step: dict[str, Any]) -> str:
     """What the agent saw: address, error of the last action, observation or the turn's messages."""
     lines = []
@@ -74,8 +82,78 @@ class Cuts:
     histories: int = 0
     too_long: int = 0
 
-    def __add__(self, other: Cuts) -> Cuts:
-        return Cuts(*(getattr(self, f) + getattr(other, f) for f in self.__slots__))
+    def counts(self) -> tuple[int, ...]:
+        return astuple(self)
+
+
+class Past(Protocol):
+    """What happened before a step of one episode, in tokens."""
+
+    def prompt(
+        self, before: list[int], page: list[int], goal: list[int], after: list[int], room: int, cuts: Cuts
+    ) -> list[int] | None:
+        """The next step's, of at most `room` tokens; None if goal and newest action alone do not fit."""
+        ...
+
+    def add(self, page: list[int], action: list[int]) -> None:
+        """The step that was last asked for is over."""
+        ...
+
+
+class Actions:
+    """The last `history` actions."""
+
+    def __init__(self, history: int) -> None:
+        self.history = history
+        self.lines: list[list[int]] = []
+
+    def prompt(
+        self, before: list[int], page: list[int], goal: list[int], after: list[int], room: int, cuts: Cuts
+    ) -> list[int] | None:
+        shown = self.lines[-self.history :] if self.history else []
+        return assemble(before, shown, page, goal, after, room, cuts)
+
+    def add(self, page: list[int], action: list[int]) -> None:
+        self.lines.append(action)
+
+
+class Turns:
+    """Whole turns, page and action.
+
+    Where they no longer fit, the oldest are dropped until prompt and page fill half the room: were they dropped one by
+    one, no prompt would begin like the one before it. Of the last turn dropped the action stays, so that the newest
+    action is there even if no turn is.
+    """
+
+    def __init__(self) -> None:
+        self.turns: list[tuple[list[int], list[int]]] = []
+        self.first = 0
+
+    def prompt(
+        self, before: list[int], page: list[int], goal: list[int], after: list[int], room: int, cuts: Cuts
+    ) -> list[int] | None:
+        fixed = len(before) + len(page) + len(goal) + len(after)
+        if fixed + self._length() > room:
+            while self.first < len(self.turns) and fixed + self._length() > room // 2:
+                self.first += 1
+        cuts.histories += self.first > 0
+        return assemble(before, [self._shown()], page, goal, after, room, cuts)
+
+    def _length(self) -> int:
+        return len(self._dropped()) + sum(len(page) + len(action) for page, action in self.turns[self.first :])
+
+    def _dropped(self) -> list[int]:
+        return self.turns[self.first - 1][1] if self.first else []
+
+    def _shown(self) -> list[int]:
+        out = list(self._dropped())
+        for page, action in self.turns[self.first :]:
+            out += page
+            out += action
+        return out
+
+    def add(self, page: list[int], action: list[int]) -> None:
+        self.turns.append((page, action))
 
 
 def assemble(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 import torch
 
+from offline_lm.batches.pack import packed_lengths
+from offline_lm.batches.tokens import Tokens
 from offline_lm.errors import UserError
 from offline_lm.losses.returns import bootstrap_mask, discounted_returns
 
@@ -144,10 +147,21 @@ def split(tasks: list[str], share: float, seed: int) -> Array:
     return np.array([t in drawn for t in tasks], dtype=bool)
 
 
-def steps(db: duckdb.DuckDBPyConnection, where: str) -> Iterator[dict[str, Any]]:
-    """The text of the same rows in the same order, as `tokens.tokenize` takes them, streamed."""
-    for batch in _query(db, STEP_COLUMNS, where).to_arrow_reader(1024):
-        yield from batch.to_pylist()
+def steps(db: duckdb.DuckDBPyConnection, where: str, episodes: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The text of the same rows in the same order, as `tokens.tokenize` takes them, streamed.
+
+    Args:
+        episodes: ids of the only episodes that are wanted.
+    """
+    if episodes is not None:
+        db.register("wanted_episodes", pa.table({"episode_id": pa.array(episodes, pa.string())}))
+        where = f"({where}) AND episode_id IN (SELECT episode_id FROM wanted_episodes)"
+    try:
+        for batch in _query(db, STEP_COLUMNS, where).to_arrow_reader(1024):
+            yield from batch.to_pylist()
+    finally:
+        if episodes is not None:
+            db.unregister("wanted_episodes")
 
 
 def _query(db: duckdb.DuckDBPyConnection, columns: str, where: str) -> duckdb.DuckDBPyRelation:
@@ -181,3 +195,28 @@ def episode_batches(replay: Replay, size: int, seed: int) -> Iterator[Array]:
             if held >= size:
                 yield np.concatenate(batch)
                 batch, held = [], 0
+
+
+def token_batches(replay: Replay, tokens: Tokens, budget: int, seed: int) -> Iterator[Array]:
+    """Endless batches of rows for training through the backbone: whole training episodes of `budget` tokens together.
+
+    Tokens are counted as they are packed, each state's prompt with its logged action, and what prompts of an episode
+    share once. Episodes are shuffled anew in every epoch; a batch ends before the episode that would exceed the budget,
+    and an episode that alone exceeds it is a batch of its own. Rows of an episode stay together and in order.
+    """
+    executed = np.zeros(len(tokens), np.int64)
+    executed[tokens.acted] = np.diff(tokens.response_ptr)[tokens.branch_ptr[:-1][tokens.acted]]
+    lengths, shared = packed_lengths(tokens, np.arange(len(tokens)), executed)
+    shared[replay.offsets[:-1]] = 0
+    sizes = np.add.reduceat(lengths - shared, replay.offsets[:-1]).tolist()
+    rng = np.random.default_rng(seed)
+    usable, offsets = np.flatnonzero(~replay.held_out), replay.offsets.tolist()
+    batch: list[Array] = []
+    held = 0
+    while True:
+        for e in rng.permutation(usable).tolist():
+            if batch and held + sizes[e] > budget:
+                yield np.concatenate(batch)
+                batch, held = [], 0
+            batch.append(np.arange(offsets[e], offsets[e + 1]))
+            held += sizes[e]

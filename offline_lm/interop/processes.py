@@ -5,6 +5,7 @@ The chunks come in the order of the log whatever the number of workers, so the s
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import queue
 import traceback
@@ -191,6 +192,7 @@ def _started(job: Job, count: int) -> Iterator[list[_Worker]]:
 
 def _work(job: Job, tasks: Any, made: Any) -> None:
     """A worker: chunks of each bundle, then None; an exception instead of what it cannot make."""
+    gc.set_threshold(100_000, 20)  # it holds many objects for a moment and makes no cycles
     while True:
         bundle = tasks.get()
         try:

@@ -25,8 +25,9 @@ from offline_lm.types import Episode, Rejected
 
 GROUP = "offline_lm.logs"
 AUTO = "auto"
-RANGE_BYTES = 64 << 20
-"""A file of lines is read apart in ranges of this many bytes."""
+RANGE_BYTES = 8 << 20
+"""A file of lines is read apart in ranges of this many bytes: few enough that workers, whose results are taken in
+order, do not wait for each other."""
 _LOGS = (".json", ".jsonl", ".ndjson", ".traj", ".parquet", ".arrow", ".hdf5", ".zip", ".pkl", ".pt", ".har", ".log")
 """Suffixes (.gz, .zst left off) of files that `auto` reports where no format knows them; others are no logs."""
 

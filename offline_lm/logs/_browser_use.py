@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from offline_lm.logs._records import Bad, parse
 
 SOURCE = "browser_use"
 Call = tuple[str, Any]
+_shown = itemgetter("text", "depth", "is_text_only", "index")
+"""What a page says of an item."""
 
 _BRAIN = ("thinking", "evaluation_previous_goal", "valuation_previous_goal", "memory", "next_goal", "goal")
 _GOALS = (
@@ -162,9 +165,16 @@ def _page(state: dict[str, Any], place: str) -> str:
     """A line for each item, indented by depth; those that can be acted on begin with their index."""
     lines = []
     for i, item in enumerate(take(state, "items", list, place) or []):
-        here = f"{place}.items[{i}]"
-        text, depth = take(item, "text", str, here) or "", take(item, "depth", int, here) or 0
-        mark = "" if take(item, "is_text_only", bool, here) else f"[{take(item, 'index', int, here)}] "
+        try:
+            text, depth, text_only, index = _shown(item)
+        except (KeyError, TypeError):  # one is not logged, or the item is no object
+            text = depth = text_only = index = None
+        if type(text) is not str or type(depth) is not int or type(text_only) is not bool or type(index) is not int:
+            here = f"{place}.items[{i}]"
+            text, depth = take(item, "text", str, here) or "", take(item, "depth", int, here) or 0
+            text_only = take(item, "is_text_only", bool, here)
+            index = None if text_only else take(item, "index", int, here)
+        mark = "" if text_only else f"[{index}] "
         lines.append("  " * min(depth, 64) + mark + text)
     return "\n".join(lines)
 

@@ -231,7 +231,11 @@ def lines(path: Path, limit: int = MAX_BYTES, *, start: int = 0, stop: int | Non
         offset = start
         if start:
             stream.seek(start - 1)
-            offset += len(stream.readline()) - 1
+            offset, rest = start - 1, b""
+            while not rest.endswith(b"\n") and (stop is None or offset < stop):  # a line that began before
+                if not (rest := stream.readline(_CHUNK)):
+                    return
+                offset += len(rest)
         while stop is None or offset < stop:
             try:
                 data = _read(stream, path, limit + 1, line=True)
@@ -253,7 +257,7 @@ def lines(path: Path, limit: int = MAX_BYTES, *, start: int = 0, stop: int | Non
             if begin == 0 and data.startswith(_BOM):
                 data, begin = data[len(_BOM) :], len(_BOM)
             data = data.rstrip(b"\r\n")
-            if data.strip():
+            if data and not data.isspace():
                 sha256 = (digest or hashlib.sha256(data)).hexdigest()
                 yield Record(begin, data, sha256, too_long)
 

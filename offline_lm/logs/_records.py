@@ -14,10 +14,12 @@ from dataclasses import MISSING, fields
 from datetime import UTC, datetime
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import orjson
 
 MAX_DEPTH = 64
-_SPACED_COLON = re.compile(rb'"[ \t\r\n]+:')
+_SPACED_COLON = re.compile(rb'(?<!(?<!\\)\\)"[ \t\r\n]+:')
+_ESCAPED_COLON = re.compile(rb'(?<!\\)\\":')
 _BOM = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
 _PYTHON = re.compile(r"True\b|False\b|None\b|'|nan\b|inf\b|b'|array\(")
@@ -89,6 +91,9 @@ def _why(data: bytes, error: orjson.JSONDecodeError) -> Bad:
     return Bad("json_syntax", f"not JSON {where}: {error.msg}")
 
 
+_HOLDERS = (dict, list)
+
+
 def count_keys(value: Any) -> int:
     """Keys in all objects of a parsed value. Raises Bad if it is nested deeper than MAX_DEPTH."""
     count, level, depth = 0, [value], 0
@@ -100,25 +105,46 @@ def count_keys(value: Any) -> int:
         for item in level:
             if type(item) is dict:
                 count += len(item)
-                below += [v for v in item.values() if type(v) is dict or type(v) is list]
-            elif type(item) is list:
-                below += [v for v in item if type(v) is dict or type(v) is list]
+                item = item.values()
+            elif type(item) is not list:
+                continue
+            for inner in item:
+                if type(inner) in _HOLDERS:
+                    below.append(inner)
         level = below
     return count
 
 
+_BLOCK = 1 << 17
+"""Bytes that are looked at together: they and what is made of them fit into a processor's cache."""
+_FEW = 2048
+"""Bytes up to which plain search is faster."""
+
+
 def _colons(data: bytes) -> int:
-    """Quotes with a colon after them, white space between or not."""
-    spaced = b" :" in data or b"\t:" in data or b"\r:" in data or b"\n:" in data
-    return data.count(b'":') + (len(_SPACED_COLON.findall(data)) if spaced else 0)
+    """Quotes with a colon after them, white space between or not; not those that one backslash escapes."""
+    if len(data) <= _FEW:
+        tight = data.count(b'":') - (len(_ESCAPED_COLON.findall(data)) if b'\\":' in data else 0)
+        spaced = b" :" in data or b"\t:" in data or b"\r:" in data or b"\n:" in data
+    else:
+        tight, spaced = 0, False
+        text = np.frombuffer(data, np.uint8)
+        for start in range(0, len(data), _BLOCK):
+            block = text[start : start + _BLOCK + 1]
+            colon, before = block[1:] == ord(":"), block[:-1]
+            quotes = np.flatnonzero(colon & (before == ord('"'))) + start
+            escaped = (text[quotes - 1] == ord("\\")) & (text[quotes - 2] != ord("\\"))
+            tight += len(quotes) - int(np.count_nonzero(escaped))
+            spaced = spaced or bool((colon & (before <= ord(" "))).any())
+    return tight + (len(_SPACED_COLON.findall(data)) if spaced else 0)
 
 
 def _refuse_duplicate_keys(data: bytes, distinct: int) -> None:
     """orjson keeps the last of two equal keys and says nothing.
 
-    Every key stands before a colon, so counting closing quotes with a colon after them bounds the number of
-    keys in the text from above; where that equals the number of keys parsed, none was lost. Only otherwise is
-    the text parsed again, slowly.
+    Every key stands before a colon, so counting quotes with a colon after them, but for some that are surely escaped,
+    bounds the number of keys in the text from above; where that equals the number of keys parsed, none was lost. Only
+    otherwise is the text parsed again, slowly.
     """
     if _colons(data) == distinct:
         return

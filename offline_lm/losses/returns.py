@@ -14,7 +14,7 @@ from torch import Tensor
 from offline_lm.losses.td import td_target
 
 # Steps scanned at once on a CPU, so that the working set stays in cache: about twice as fast as all at once.
-_BLOCK = 1 << 16
+_BLOCK = 1 << 17
 
 
 @torch.no_grad()
@@ -78,18 +78,21 @@ def _scan(a: Float[Tensor, " n"], b: Float[Tensor, " n"], longest: int) -> Float
     out = torch.empty_like(b)
     for stop in range(n, 0, -block):
         start = max(stop - block, 0)
-        x, product = b[start:stop].clone(), a[start:stop]
+        x, product = b[start:stop], a[start:stop]
         if stop < n:
-            x[-1] += product[-1] * out[stop]
+            x = x.clone()
+            x[-1:].addcmul_(product[-1:], out[stop : stop + 1])
         size, span = stop - start, 1
         while True:
-            # product[t] is a_t ... a_{t+span-1}; the right-hand side is computed before x changes.
-            x[: size - span] += product[: size - span] * x[span:]
-            if 2 * span >= min(longest, size):
+            # product[t] is a_t ... a_{t+span-1}. One pass, into new memory: x is read further on than it is written.
+            done = 2 * span >= min(longest, size)
+            y = out[start:stop] if done else torch.empty_like(x)
+            torch.addcmul(x[: size - span], product[: size - span], x[span:], out=y[: size - span])
+            y[size - span :].copy_(x[size - span :])
+            if done:
                 break
-            product = product[:-span] * product[span:]
+            x, product = y, product[:-span] * product[span:]
             span *= 2
-        out[start:stop] = x
     return out
 
 

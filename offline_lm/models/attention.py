@@ -1,8 +1,11 @@
-"""Attention within each sequence of a packed row, and between a state and each of its actions.
+"""Attention within each sequence of a packed row: every token sees its way back to the root of its tree, and no more.
 
-A row holds sequences end to end. Each sequence is a prompt with any number of responses (branches): every
-branch sees its prompt and itself, and nothing else. `transformers` calls `packed_attention` for every layer of a model
-whose attention implementation is `NAME`; the layout travels as the keyword argument `layout`.
+A row holds sequences end to end, each a trunk with segments that hang off it (`offline_lm.batches.pack`).
+`transformers` calls `packed_attention` for every layer of a model whose attention implementation is `NAME`; the layout
+travels as the keyword argument `layout`.
+
+Trunks attend causally, one call each, and on CUDA in half precision all in one call of the variable-length kernel.
+Segments attend through a mask to the trunk and themselves, group by group.
 
 Why not what `transformers` offers: its packing by `position_ids` builds a dense mask over the row on the CPU (six times
 the work), and is silently ignored when a cache is in use or a mask is passed (sequences then leak into each other).
@@ -10,10 +13,12 @@ the work), and is silently ignored when a cache is in use or a mask is passed (s
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface
 
@@ -55,25 +60,52 @@ def packed_attention(
         raise ValueError(
             f"{type(module).__name__} caps its logits or has attention sinks, which packed attention does not compute"
         )
-    if sliding_window is not None and max(layout.lengths) > sliding_window:
+    if sliding_window is not None and layout.longest > sliding_window:
         raise ValueError(
-            f"a sequence of {max(layout.lengths)} tokens exceeds the model's window of {sliding_window}:"
+            f"a sequence of {layout.longest} tokens exceeds the model's window of {sliding_window}:"
             " set data.max_tokens below it"
         )
-    gqa = query.shape[1] != key.shape[1]
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return sdpa(q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=gqa)
-
+    if torch.is_autocast_enabled(query.device.type):  # rotary positions leave queries and keys in float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
+    options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    sizes = [
+        [trunk, *(g.size for g in groups)] for trunk, groups in zip(layout.trunks.tolist(), layout.groups, strict=True)
+    ]
+    split = zip(*(x.split(list(chain.from_iterable(sizes)), dim=2) for x in (query, key, value)), strict=True)
+    pieces = [[next(split) for _ in sequence] for sequence in sizes]  # of every sequence: its trunk, its groups
+    trunks = [sequence[0] for sequence in pieces]
+    if dropout == 0.0 and has_kernel(query):
+        attended = _in_one_call(trunks, layout, **options)
+    else:
+        attended = [sdpa(q, k, v, None, dropout, is_causal=True, **options) for q, k, v in trunks]
+    biases = iter(layout.biases(query.device, query.dtype))
     out = []
-    split = zip(*(x.split(layout.lengths, dim=2) for x in (query, key, value)), strict=True)
-    for (q, k, v), prompt, mask in zip(split, layout.prompts, layout.masks, strict=True):
-        if mask is None:
-            out.append(attend(q, k, v, None))
-        else:
-            out.append(attend(q[:, :, :prompt], k[:, :, :prompt], v[:, :, :prompt], None))
-            out.append(attend(q[:, :, prompt:], k, v, mask.to(q.device)))
+    for done, sequence, groups in zip(attended, pieces, layout.groups, strict=True):
+        out.append(done)
+        (_, *trunk), *segments = sequence
+        for (q, *own), group in zip(segments, groups, strict=True):
+            k, v = (torch.cat([t[:, :, : group.seen], o], dim=2) for t, o in zip(trunk, own, strict=True))
+            out.append(sdpa(q, k, v, next(biases), dropout, **options))
     return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+def has_kernel(query: Tensor) -> bool:
+    """Whether the variable-length kernel takes such heads: flash attention, from Ampere on."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _in_one_call(trunks: list[tuple[Tensor, ...]], layout: Layout, **options: Any) -> list[Tensor]:
+    """Causal attention of every trunk, each [1, H, n, D], by the variable-length kernel."""
+    q, k, v = (torch.cat(parts, dim=2)[0].transpose(0, 1) for parts in zip(*trunks, strict=True))
+    borders, longest = layout.borders(q.device), int(layout.trunks.max())
+    out: Any = varlen_attn(q, k, v, borders, borders, longest, longest, window_size=(-1, 0), **options)
+    return list(out.transpose(0, 1)[None].split(layout.trunks.tolist(), dim=2))
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as token_models
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.activations import NewGELUActivation
 
 from offline_lm.batches.pack import Layout
 from offline_lm.errors import UserError
@@ -38,8 +39,17 @@ def load(path: str, dtype: str = "auto") -> tuple[Any, Any]:
         ) from e
     if tokenizer.eos_token is None:
         raise UserError(f"model.path={path}: its tokenizer has no end-of-sequence token to end an action with")
+    fuse_gelu(model)
     check_packing(model)
     return model, tokenizer
+
+
+def fuse_gelu(model: nn.Module) -> None:
+    """Compute GPT-2's GELU in one kernel, in place: `transformers` writes it out, a sixth of a training pass."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def tiny(
@@ -157,8 +167,10 @@ def check_packing(model: Any) -> None:
     # a prompt with two responses, and another prompt behind them
     a, b, c, d = (torch.randint(model.config.vocab_size, (n,), generator=g).to(model.device) for n in (7, 3, 2, 5))
     try:
-        packed = hidden_states(model, torch.cat([a, b, c, d]), Layout([7, 5], [[3, 2], []]))
-        ab, ac, d = (hidden_states(model, x, Layout([len(x)], [[]])) for x in (torch.cat([a, b]), torch.cat([a, c]), d))
+        packed = hidden_states(model, torch.cat([a, b, c, d]), Layout.of([7, 5], [[3, 2], []]))
+        ab, ac, d = (
+            hidden_states(model, x, Layout.of([len(x)], [[]])) for x in (torch.cat([a, b]), torch.cat([a, c]), d)
+        )
     except ValueError as e:
         raise UserError(f"{type(model).__name__} cannot be packed: {e}") from e
     alone = torch.cat([ab, ac[7:], d])

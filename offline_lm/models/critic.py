@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,21 @@ import orjson
 import torch
 from safetensors.torch import load_file, save_file
 
-from offline_lm.batches.pack import pack, rows
+from offline_lm.batches.pack import pack, state_rows
 from offline_lm.batches.tokens import tokenize
 from offline_lm.errors import UserError
 from offline_lm.models import backbone
 from offline_lm.models.heads import Heads
+from offline_lm.store import Store
 
 _KEYS = (
     "goal", "start_url", "url", "observation", "messages", "observation_error", "response", "action",
     "tokenizer_id", "prompt_token_ids", "response_token_ids",
 )  # fmt: skip
 _TEXTS = _KEYS[:8]
+_SEEN = tuple(key for key in _KEYS if key not in ("response", "action", "response_token_ids"))
+_CHARACTERS = 2**24
+"""Text that is read ahead at most, but for the last state's."""
 
 
 @dataclass(frozen=True)
@@ -64,60 +69,173 @@ class Critic:
 
     def save(self, folder: Path, *, backbone_path: str | None) -> None:
         """Write heads and description, and the backbone too unless it stays what `backbone_path` names."""
-        folder.mkdir(parents=True, exist_ok=True)
         if backbone_path is None:
             backbone.save(self.model, self.tokenizer, folder / "backbone")
-        save_file(self.heads.state_dict(), folder / "heads.safetensors")
-        config = {**self.config, "backbone": backbone_path, "heads": self.heads.options}
-        (folder / "critic.json").write_text(json.dumps(config, indent=2))
+        save_heads(folder, self.heads, self.config, backbone_path)
 
-    def score(self, states: Iterable[dict[str, Any]], *, chunk: int = 256, token_budget: int = 8192) -> Iterator[Score]:
-        """Scores in the order of `states`, streamed: a chunk is tokenised, packed and encoded at a time.
+    def score(
+        self, states: Iterable[dict[str, Any]], *, chunk: int = 1024, token_budget: int = 4096
+    ) -> Iterator[Score]:
+        """Scores in the order of `states`, streamed: at most a chunk of them is read ahead.
 
         Args:
-            states: dicts with `goal`, `observation` or `messages`, optionally `url`, `history` (past actions, oldest
-                first), and `candidates` (texts, or dicts with `action`), or `action` or `response`, or neither.
+            states: dicts with `goal`, `observation` or `messages`, optionally `url`, `history` (oldest first: past
+                actions, or, for a critic of `data.context=turns`, objects with what was seen and done), and
+                `candidates` (texts, or dicts with `action`), or `action` or `response`, or neither.
+            chunk: states that are tokenised and packed together; fewer where their texts are long.
+            token_budget: tokens in one forward pass.
 
         Raises:
             UserError: a state with nothing seen, or whose goal and last past action exceed the critic's `max_tokens`.
         """
-        it = iter(states)
+        numbered = (_row(state, number, self._shown) for number, state in enumerate(states))
         done = 0
-        while part := list(islice(it, chunk)):
-            yield from self._score([_row(state, done + i) for i, state in enumerate(part)], done, token_budget)
+        for part in _chunks(numbered, chunk):
+            for number, score in enumerate(self._score(part, token_budget), done):
+                if score is None:
+                    limit = self.config["max_tokens"]
+                    raise UserError(
+                        f"input record {number}: goal and last past action exceed the critic's max_tokens={limit}"
+                    )
+                yield score
             done += len(part)
 
+    def score_chunk(self, states: Iterable[dict[str, Any]], *, token_budget: int = 4096) -> list[Score | None]:
+        """As `score`, all at once; None for a state whose goal and last past action exceed `max_tokens`."""
+        return self._score([_row(state, number, self._shown) for number, state in enumerate(states)], token_budget)
+
+    @property
+    def _context(self) -> str:
+        return self.config.get("context", "actions")  # the only one there was when older runs were saved
+
+    @property
+    def _shown(self) -> int | None:
+        """How many items of its history a state shows at most."""
+        return self.config["history"] if self._context == "actions" else None
+
     @torch.no_grad()
-    def _score(self, steps: list[dict[str, Any]], done: int, token_budget: int) -> Iterator[Score]:
-        tokens = tokenize(steps, self.tokenizer, max_tokens=self.config["max_tokens"], history=self.config["history"])
-        if not tokens.usable.all():
-            bad = done + int(np.flatnonzero(~tokens.usable)[0])
-            limit = self.config["max_tokens"]
-            raise UserError(f"input record {bad}: goal and last past action exceed the critic's max_tokens={limit}")
-        lengths = (np.diff(tokens.prompt_ptr) + np.diff(tokens.response_ptr[tokens.branch_ptr])).tolist()
+    def _score(self, steps: list[dict[str, Any]], token_budget: int) -> list[Score | None]:
+        """Equal states are encoded once, with every action that is asked about there.
+
+        States that begin alike stand together, so that what they share is encoded once. (An order by length would save
+        nothing: packed rows hold no padding.)
+        """
+        distinct, asked = _distinct(steps)
+        settings = {key: self.config[key] for key in ("max_tokens", "history")}
+        tokens = tokenize(distinct, self.tokenizer, context=self._context, **settings)
+        order = sorted(range(len(tokens)), key=lambda n: tokens.prompt(n).tobytes())
+        asks = self.config["has_q"]
+        branches = [range(a, b) if asks else range(0) for a, b in pairwise(tokens.branch_ptr.tolist())]
         device = next(self.model.parameters()).device
-        for states in rows(lengths, token_budget):
-            ids, layout = pack(tokens, states, [range(tokens.branch_ptr[n], tokens.branch_ptr[n + 1]) for n in states])
+        v, q = np.zeros(len(tokens)), np.zeros(len(tokens.response_ptr) - 1)
+        for span in state_rows(tokens, order, [branches[n] for n in order], token_budget):
+            states = order[span.start : span.stop]
+            ids, layout = pack(tokens, states, [branches[n] for n in states])
             hidden = backbone.hidden_states(self.model, ids.to(device), layout).float()
-            at_v, at_q = layout.readouts()
-            v = self.heads.values(hidden[at_v]).tolist()
-            q = self.heads.q_values(hidden[at_q]).amin(dim=0).tolist()
-            first = tokens.branch_ptr[states.start]
-            for n, value in zip(states, v, strict=True):
-                yield Score(value, self._ask(tokens, n, q, first, steps[n]))
+            at_v, at_q = (at.to(device) for at in layout.readouts())
+            v[states] = self.heads.values(hidden[at_v]).cpu().numpy()
+            q[[a for n in states for a in branches[n]]] = self.heads.q_values(hidden[at_q]).amin(dim=0).cpu().numpy()
 
-    def _ask(self, tokens: Any, n: int, q: Sequence[float], first: int, step: dict[str, Any]) -> list[float] | None:
-        if not self.config["has_q"]:
-            return None
-        if step["candidates"]:
-            wanted = tokens.candidate_branch[tokens.candidate_ptr[n] : tokens.candidate_ptr[n + 1]]
+        def answer(n: int, own: slice) -> Score | None:
+            if not tokens.usable[n]:
+                return None
+            if distinct[n]["candidates"]:
+                wanted = tokens.candidate_branch[tokens.candidate_ptr[n] : tokens.candidate_ptr[n + 1]]
+            else:
+                wanted = np.arange(tokens.branch_ptr[n], tokens.branch_ptr[n + 1])
+            return Score(float(v[n]), q[wanted[own]].tolist() if asks else None)
+
+        return [answer(n, own) for n, own in asked]
+
+
+def save_heads(folder: Path, heads: Heads, config: dict[str, Any], backbone_path: str | None) -> None:
+    """Write heads and description beside a backbone that is in `folder / "backbone"`, or stays at `backbone_path`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(heads.state_dict(), folder / "heads.safetensors")
+    described = {**config, "backbone": backbone_path, "heads": heads.options}
+    (folder / "critic.json").write_text(json.dumps(described, indent=2))
+
+
+def find_run(run: str, store_url: str) -> Path:
+    """Folder of the run that ``run`` names: a folder itself, or a run id or ``latest`` of the store.
+
+    A run lies where the table `runs` says; a store that was moved keeps those in its own runs/.
+
+    Raises:
+        UserError: no such run, or its folder is gone or holds no critic.
+    """
+    if (Path(run) / "critic.json").is_file() or os.sep in run:
+        return Path(run)  # Critic.from_pretrained says what a folder without a critic lacks
+    store = Store.open(store_url)
+    run_id = store.resolve_run(run)
+    with store.connect() as db:
+        found = db.execute("SELECT run_dir, status FROM runs WHERE run_id = ?", [run_id]).fetchone()
+    recorded, status = found or (None, None)
+    folders = [Path(recorded)] if recorded else []
+    if store.is_local:
+        folders.append(store.run_dir(run_id))
+    for folder in folders:
+        if (folder / "critic.json").is_file():
+            return folder
+    problem = f"has no critic in {folders[0]}" if folders and folders[0].is_dir() else f"is gone: no folder {recorded}"
+    raise UserError(f"run {run_id} ({status}) {problem}; restore it, train again, or name another run or its folder")
+
+
+def _chunks(steps: Iterable[dict[str, Any]], most: int) -> Iterator[list[dict[str, Any]]]:
+    """Consecutive steps: at most `most`, and none behind `_CHARACTERS` of what was seen."""
+    part: list[dict[str, Any]] = []
+    held = 0
+    for step in steps:
+        part.append(step)
+        held += len(step["observation"] or "") + len(step["messages"] or "")
+        if len(part) == most or held >= _CHARACTERS:
+            yield part
+            part, held = [], 0
+    if part:
+        yield part
+
+
+def _distinct(steps: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[tuple[int, slice]]]:
+    """The distinct states among `steps`; for each step the number of its state, and which actions there are its own.
+
+    Steps with one action each at the same state become one state with these as candidates. A step with candidates of
+    its own, or with logged ids of its response, is merged with its equals alone.
+    """
+    states: list[dict[str, Any]] = []
+    asked: list[tuple[int, slice]] = []
+    found: dict[Any, tuple[int, dict[str, int]]] = {}
+    for step in steps:
+        whole = bool(step["candidates"]) or step["response_token_ids"] is not None
+        key = (
+            tuple(_hashable(step[name]) for name in (_KEYS if whole else _SEEN)),
+            tuple(past if isinstance(past, str) else tuple(past.values()) for past in step["past"]),
+        )
+        if whole:
+            key = *key, tuple(tuple(c.values()) for c in step["candidates"])
+        if key not in found:
+            found[key] = len(states), {}
+            own = step if whole else {**step, "action": None, "response": None, "candidates": []}
+            states.append({**own, "episode_id": str(len(states))})
+        n, texts = found[key]
+        text = step["response"] if step["response"] is not None else step["action"]
+        if whole:
+            asked.append((n, slice(None)))
+        elif text is None:
+            asked.append((n, slice(0)))
         else:
-            wanted = range(tokens.branch_ptr[n], tokens.branch_ptr[n + 1])
-        return [q[a - first] for a in wanted]
+            if text not in texts:
+                texts[text] = len(texts)
+                states[n]["candidates"].append({"action": text, "response": None, "executed": None})
+            asked.append((n, slice(texts[text], texts[text] + 1)))
+    return states, asked
 
 
-def _row(state: dict[str, Any], number: int) -> dict[str, Any]:
-    """One state as `tokenize` takes a step; every state is an episode of its own with the history it brings."""
+def _hashable(value: Any) -> Any:
+    return value if value is None or isinstance(value, str) else tuple(value)
+
+
+def _row(state: dict[str, Any], number: int, history: int | None) -> dict[str, Any]:
+    """One state as `tokenize` takes a step, with what is shown of the history that it brings."""
     row = {key: state.get(key) for key in _KEYS}
     if isinstance(row["messages"], list):
         row["messages"] = orjson.dumps(row["messages"]).decode()  # as the store has them
@@ -127,11 +245,32 @@ def _row(state: dict[str, Any], number: int) -> dict[str, Any]:
     if row["observation"] is None and row["messages"] is None:
         raise UserError(f"input record {number}: it needs `observation` or `messages`")
     row["candidates"] = [_candidate(c, number) for c in _list(state, "candidates", number)]
-    row["past"] = _list(state, "history", number)
-    if not all(isinstance(action, str) for action in row["past"]):
-        raise UserError(f"input record {number}: `history` is a list of past actions, each a text")
-    row["episode_id"] = str(number)
+    past = _list(state, "history", number)
+    row["past"] = [_past(p, number) for p in past[0 if history is None else max(len(past) - history, 0) :]]
     return row
+
+
+_PAST = ("url", "observation", "messages", "observation_error", "action", "response")
+
+
+def _past(past: Any, number: int) -> str | dict[str, Any]:
+    """A past action, or a whole past turn, which a critic with `context=turns` reads as it does the present one."""
+    if isinstance(past, str):
+        return past
+    if not isinstance(past, dict):
+        raise UserError(
+            f"input record {number}: `history` is a list of past actions, each a text or an object with what was seen"
+            f" and done; this is {past!r:.80}"
+        )
+    turn = {key: past.get(key) for key in _PAST}
+    if isinstance(turn["messages"], list):
+        turn["messages"] = orjson.dumps(turn["messages"]).decode()
+    for key, value in turn.items():
+        if not isinstance(value, str | None):
+            raise UserError(f"input record {number}: `history` has `{key}` {value!r:.80}, where a text is wanted")
+    if not (turn["action"] or turn["response"]):
+        raise UserError(f"input record {number}: a past turn in `history` needs `action` or `response`")
+    return turn
 
 
 def _list(state: dict[str, Any], key: str, number: int) -> list[Any]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,6 +23,8 @@ from offline_lm.losses.hl_gauss import (
 )
 from offline_lm.losses.td import squared_loss
 
+M = TypeVar("M", bound=nn.Module)
+
 
 class Head(nn.Module):
     """k independent MLPs (width -> hidden -> hidden -> out), computed as batched matrix products.
@@ -31,11 +34,15 @@ class Head(nn.Module):
         k: members of the ensemble.
         hidden: size of both hidden layers.
         support: bins of a categorical value; None for a scalar one.
+
+    Attributes:
+        autocast: dtype that the products are computed in, where it is not the weights'.
     """
 
     def __init__(self, width: int, k: int, hidden: int, support: Support | None = None) -> None:
         super().__init__()
         self.k, self.support = k, support
+        self.autocast: torch.dtype | None = None
         out = 1 if support is None else len(support.centers)
         sizes = [width, hidden, hidden, out]
         # Without its own gain and bias, which the first layer has already: a backward product the less.
@@ -52,12 +59,15 @@ class Head(nn.Module):
         return self
 
     def forward(self, features: Float[Tensor, "n d"]) -> Tensor:
-        """Raw outputs: values [k, n], or logits [k, n, m] where the value is categorical."""
-        x = self.norm(features.to(self.weights[0].dtype)).expand(self.k, -1, -1)
-        for i, (w, b) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(b, x, w)
-            if i < len(self.weights) - 1:
-                x = nn.functional.gelu(x)
+        """Raw outputs, in the dtype of the weights: values [k, n], or logits [k, n, m] of categorical values."""
+        dtype = self.weights[0].dtype
+        x = self.norm(features.to(dtype)).expand(self.k, -1, -1)
+        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
+            for i, (w, b) in enumerate(zip(self.weights, self.biases, strict=True)):
+                x = torch.baddbmm(b, x, w)
+                if i < len(self.weights) - 1:
+                    x = nn.functional.gelu(x)
+        x = x.to(dtype)
         return x if self.support is not None else x[..., 0]
 
     def read(self, raw: Tensor) -> Float[Tensor, "k n"]:
@@ -104,6 +114,10 @@ class Heads(nn.Module):
         self.v = Head(width, 1, hidden, support)
         self.q = Head(width, ensemble, hidden, support)
 
+    def compute_in(self, dtype: torch.dtype | None) -> None:
+        """Compute the products of both heads in `dtype`, through autocast; None: in that of the weights."""
+        self.v.autocast = self.q.autocast = dtype
+
     def values(self, states: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         return self.v.read(self.v(states))[0]
 
@@ -111,12 +125,13 @@ class Heads(nn.Module):
         return self.q.read(self.q(actions))
 
 
-def target_of(module: nn.Module) -> nn.Module:
+def target_of(module: M) -> M:
     """A copy that is never trained by gradients; equal to the online parameters at step 0 (trap 8)."""
     return copy.deepcopy(module).requires_grad_(False)
 
 
 @torch.no_grad()
 def polyak(target: nn.Module, online: nn.Module, rate: float) -> None:
-    """Move every parameter of `target` a share `rate` towards `online`'s, in one call."""
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), rate)  # pyright: ignore
+    """Move every parameter of `target` a share `rate` towards `online`'s, in one call; what both share stays."""
+    pairs = [(t, o) for t, o in zip(target.parameters(), online.parameters(), strict=True) if t is not o]
+    torch._foreach_lerp_([t for t, _ in pairs], [o for _, o in pairs], rate)  # pyright: ignore

@@ -38,6 +38,8 @@ _FIELD = re.compile(
 )
 _VERB = r"[\w.]*?(?:fill|type|input|enter|write|insert|send_?keys|set_?value|set_?text|press_sequentially|\bdo)\w*"
 _CALL = re.compile(rf"(?i)(?<!\w)({_VERB})\s*\(")
+_SOME_VERB = re.compile(r"(?i)fill|type|input|enter|write|insert|send|set|press|do")
+"""Found in every text where `_CALL`, `_BRACKETS`, `_BARE` or `_ARROW` is, and many times faster."""
 _ARGUMENT = re.compile(
     r"""(?:(\w+)\s*=\s*)?("(?:[^"\\]|\\.)*(?:"|\Z)|'(?:[^'\\]|\\.)*(?:'|\Z)|[^\s,()'"=]+)""", re.DOTALL
 )
@@ -138,6 +140,8 @@ def _typed_in_text(text: str, name: str, depth: int) -> Iterator[Typed]:
         if isinstance(value, dict | list):
             yield from _typed_in(value, name, depth + 1)
             return
+    if not _SOME_VERB.search(text):
+        return
     calls = list(_CALL.finditer(text))
     for i, call in enumerate(calls):
         end = calls[i + 1].start() if i + 1 < len(calls) else len(text)

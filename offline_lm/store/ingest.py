@@ -101,26 +101,35 @@ def chunks(
 
     A chunk ends at ``most`` records, CHUNK_ROWS steps or ``most_characters``, whichever comes first.
     """
-    read = characters = steps = 0
+    held: list[Episode | Rejected] = []
+    characters = steps = 0
+    for record in records:
+        if isinstance(record, Episode):
+            held.append(media.episode(record))  # at once: pictures are not held
+            steps += len(record.steps)
+            characters += sum(len(step.observation or "") + len(step.messages or "") for step in record.steps)
+        else:
+            held.append(record)
+        if len(held) >= most or steps >= CHUNK_ROWS or characters >= most_characters:
+            yield _checked(held, ingest_id, redactor)
+            held, characters, steps = [], 0, 0
+    yield _checked(held, ingest_id, redactor)
+
+
+def _checked(records: list[Episode | Rejected], ingest_id: str, redactor: Redactor) -> Chunk:
+    redacted = iter(redactor.episodes([record for record in records if isinstance(record, Episode)]))
     good: list[Rows] = []
     rejected: list[Rejected] = []
     for record in records:
-        read += 1
         if isinstance(record, Rejected):
             rejected.append(redactor.rejected(record))
-        else:
-            episode = redactor.episode(record)
-            try:
-                rows = convert(media.episode(episode), ingest_id)
-                good.append(rows)
-                steps += len(rows.steps)
-                characters += sum(len(row["observation"] or "") + len(row["messages"] or "") for row in rows.steps)
-            except Invalid as error:
-                rejected.append(redactor.rejected(_reject(episode, error)))
-        if read >= most or steps >= CHUNK_ROWS or characters >= most_characters:
-            yield _chunk(read, good, rejected, redactor)
-            read, characters, steps, good, rejected = 0, 0, 0, [], []
-    yield _chunk(read, good, rejected, redactor)
+            continue
+        episode = next(redacted)
+        try:
+            good.append(convert(episode, ingest_id))
+        except Invalid as error:
+            rejected.append(redactor.rejected(_reject(episode, error)))
+    return _chunk(len(records), good, rejected, redactor)
 
 
 def _chunk(read: int, good: list[Rows], rejected: list[Rejected], redactor: Redactor) -> Chunk:
@@ -133,7 +142,7 @@ def _chunk(read: int, good: list[Rows], rejected: list[Rejected], redactor: Reda
                 arrow([rows])
                 fitting.append(rows)
             except Invalid as error:
-                rejected.append(redactor.rejected(_reject_row(rows.episode, rows.steps[0]["source_offset"], error)))
+                rejected.append(redactor.rejected(_reject_row(rows.episode, rows.steps[0].get("source_offset"), error)))
         good = fitting
         episodes, steps = arrow(good)
     redacted = dict(redactor.counts)

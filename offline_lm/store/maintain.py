@@ -101,9 +101,14 @@ def _group(files: list[_File], target: int) -> list[_File]:
 def _batches(store: Store, table: str, name: str) -> Iterator[pa.RecordBatch]:
     """Row groups of a file with every column of the table: those that an older version lacked are null."""
     kind = schema.TABLES[table]
-    with commits.filesystem(store.table_url(table)).open_input_file(name) as stream, pq.ParquetFile(stream) as file:
+    # In this thread alone, as in `Store.read_file`: one of pyarrow's own that still lets go of the file while Python
+    # ends aborts the process.
+    with (
+        commits.filesystem(store.table_url(table)).open_input_file(name) as stream,
+        pq.ParquetFile(stream, pre_buffer=False) as file,
+    ):
         for group in range(file.num_row_groups):
-            rows = file.read_row_group(group)
+            rows = file.read_row_group(group, use_threads=False)
             full = [
                 rows[f.name].cast(f.type) if f.name in rows.column_names else pa.nulls(rows.num_rows, f.type)
                 for f in kind

@@ -7,6 +7,8 @@ import math
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import orjson
@@ -21,6 +23,7 @@ REDACTED = "redacted"
 """Quality flag of an episode that secrets were taken out of."""
 
 _STEP_FIELDS = tuple(f.name for f in fields(Step))
+_step_values = attrgetter(*_STEP_FIELDS)
 _STEP_FLOATS = tuple(f.name for f in schema.STEPS if pa.types.is_float64(f.type))
 _EPISODE_FIELDS = tuple(f.name for f in fields(Episode) if f.name in schema.EPISODES.names)
 _EPISODE_FLOATS = tuple(f.name for f in schema.EPISODES if pa.types.is_float64(f.type))
@@ -45,7 +48,10 @@ class Invalid(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """One episode as rows of plain values, checked; `arrow` makes them columns."""
+    """One episode as rows of plain values, checked; `arrow` makes them columns.
+
+    A step, of whose fields most are null, holds only those that are not.
+    """
 
     episode: dict[str, Any]
     steps: list[dict[str, Any]]
@@ -125,15 +131,21 @@ def _check_steps(steps: tuple[Step, ...]) -> None:
 
 
 def _step_row(step: Step, episode_id: str, ingest_id: str) -> dict[str, Any]:
-    row: dict[str, Any] = {name: getattr(step, name) for name in _STEP_FIELDS}
+    values = zip(_STEP_FIELDS, _step_values(step), strict=True)
+    row: dict[str, Any] = {name: value for name, value in values if value is not None}
     row["episode_id"], row["ingest_id"] = episode_id, ingest_id
     if step.candidates is not None:
         row["candidates"] = [_plain(candidate, ("logprob", "score")) for candidate in step.candidates]
     extra = dict(step.extra or {})
-    row["screenshot"] = _struct("screenshot", step.screenshot, schema.SCREENSHOT, extra)
-    row["target"] = _struct("target", step.target, schema.TARGET, extra)
-    row["action_args"] = None if step.action_args is None else _json(step.action_args)
-    row["extra"] = _json(extra) if extra else None
+    if step.screenshot is not None:
+        row["screenshot"] = _struct("screenshot", step.screenshot, schema.SCREENSHOT, extra)
+    if step.target is not None:
+        row["target"] = _struct("target", step.target, schema.TARGET, extra)
+    if step.action_args is not None:
+        row["action_args"] = _json(step.action_args)
+    row.pop("extra", None)
+    if extra:
+        row["extra"] = _json(extra)
     return _floats(row, _STEP_FLOATS)
 
 
@@ -193,7 +205,7 @@ def _floats(row: dict[str, Any], names: tuple[str, ...] | list[str]) -> dict[str
 
 
 _WHOLE = frozenset({str, int, bool, type(None)})
-"""Types of nearly all values; they hold no float."""
+"""Types of nearly all values, and of all in a list of token ids; they hold no float."""
 
 
 def _numbers(value: Any, path: str) -> Iterator[tuple[str, float]]:
@@ -202,7 +214,7 @@ def _numbers(value: Any, path: str) -> Iterator[tuple[str, float]]:
     elif isinstance(value, dict):
         for key, item in value.items():
             yield from _numbers(item, f"{path}.{key}")
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple) and not _WHOLE.issuperset(map(type, value)):
         for i, item in enumerate(value):
             yield from _numbers(item, f"{path}[{i}]")
 
@@ -220,10 +232,7 @@ def _content_hash(episode: dict[str, Any], steps: list[dict[str, Any]]) -> str:
     content = {name: episode[name] for name in _EPISODE_HASHED if episode[name] is not None}
     if REDACTED in episode["quality_flags"]:  # two that differed in their secrets alone are still two
         content["record"] = episode["provenance"]["sha256"] or episode["provenance"]["native_id"]
-    content["steps"] = [
-        {name: value for name, value in step.items() if value is not None and name not in _STEP_UNHASHED}
-        for step in steps
-    ]
+    content["steps"] = [{name: value for name, value in step.items() if name not in _STEP_UNHASHED} for step in steps]
     return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
@@ -233,7 +242,11 @@ def _json(value: Any) -> str:
 
 def _batch(rows: list[dict[str, Any]], kind: pa.Schema) -> pa.RecordBatch:
     columns = []
+    present = set(chain.from_iterable(rows))
     for field in kind:
+        if field.name not in present:
+            columns.append(pa.nulls(len(rows), field.type))
+            continue
         values = [row.get(field.name) for row in rows]
         try:
             columns.append(pa.array(values, field.type))

@@ -18,11 +18,25 @@ def drawn(shop, n, *, tokens=None, replay=None, goals_per_page=2, budget=1200, g
     return list(islice(draw(tokens or shop.tokens, replay or shop.replay, **options), n))
 
 
+def structure(layout):
+    """Lengths of the prompts, and of the branches behind each."""
+    prompts = set(layout.prompt_ends.tolist())
+    lengths, branches, at = [], [], -1
+    for end in sorted([*prompts, *layout.branch_ends.tolist()]):
+        if end in prompts:
+            lengths.append(end - at)
+            branches.append([])
+        else:
+            branches[-1].append(end - at)
+        at = end
+    return lengths, branches
+
+
 def pieces(batch):
     """The row taken apart: prompts, branches, and which prompt each branch belongs to; as tuples of ids."""
     ids, at = batch.ids.tolist(), 0
     prompts, branches, owner = [], [], []
-    for s, (p, lengths) in enumerate(zip(batch.layout.prompts, batch.layout.branches, strict=True)):
+    for s, (p, lengths) in enumerate(zip(*structure(batch.layout), strict=True)):
         prompts.append(tuple(ids[at : at + p]))
         at += p
         for n in lengths:
@@ -118,13 +132,13 @@ def test_the_next_token_is_asked_for_within_a_sequence_of_a_stretch_only(shop):
     owner = np.asarray(pieces(batch)[2])
     of_goals = set(owner[batch.goals.flatten()].tolist())
     at = 0
-    for s, (p, branches) in enumerate(zip(batch.layout.prompts, batch.layout.branches, strict=True)):
+    for s, (p, branches) in enumerate(zip(*structure(batch.layout), strict=True)):
         for length in [p + (branches[0] if branches else 0), *branches[1:]]:
             ids, targets = batch.ids[at : at + length].tolist(), batch.targets[at : at + length].tolist()
             assert targets == ([-100] * length if s in of_goals else [*ids[1:], -100])
             at += length
     assert at == len(batch.ids)
-    assert 0 < len(of_goals) < len(batch.layout.prompts)
+    assert 0 < len(of_goals) < len(batch.layout.prompt_ends)
 
 
 def test_a_step_that_is_too_long_to_use_is_no_successor(shop):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from offline_lm.batches.replay import episode_batches, select, split, steps
+from offline_lm.batches.pack import pack
+from offline_lm.batches.replay import episode_batches, select, split, steps, token_batches
 from offline_lm.errors import UserError
 from offline_lm.losses.returns import gae, next_values, td_residuals
 from offline_lm.store import Store
@@ -165,6 +166,15 @@ def test_residuals_and_advantages_are_those_of_sql(db):
     assert sql["advantage"][n] == pytest.approx(GAMMA * v[n + 1].item() - v[n].item())
 
 
+def test_texts_of_some_episodes_alone(db):
+    replay = selected(db)
+    wanted = [replay.episode_ids[i] for i in (5, 1)]
+    found = list(steps(db, "task_id LIKE '%' OR true", wanted))
+    assert {row["episode_id"] for row in found} == set(wanted)
+    assert found == [row for row in steps(db, "true") if row["episode_id"] in wanted]
+    assert list(steps(db, "true", [])) == []
+
+
 def test_where_selects_episodes(db):
     replay = selected(db, where="task_id LIKE 'won%'")
     assert sorted(replay.tasks) == ["won", "won, final logged"]
@@ -252,3 +262,30 @@ def test_batches_are_whole_training_episodes(db):
     trained = seen[~replay.held_out_rows]
     assert trained.min() > 5
     assert trained.max() - trained.min() <= 1
+
+
+def test_token_batches_are_whole_episodes_within_a_budget_of_packed_tokens(shop):
+    replay, tokens = shop.replay, shop.tokens
+    size = {}
+    for e in np.flatnonzero(~replay.held_out).tolist():
+        rows = np.arange(replay.offsets[e], replay.offsets[e + 1])
+        ids, _ = pack(tokens, rows, [[tokens.branch_ptr[n]] if tokens.acted[n] else [] for n in rows])
+        size[e] = len(ids)
+    budget = int(np.quantile(list(size.values()), 0.8)) * 2
+    batches = token_batches(replay, tokens, budget, seed=0)
+    seen, fill = [], []
+    while len(seen) < 3 * len(size):
+        rows = next(batches)
+        episodes = replay.episode_of[rows]
+        in_order = episodes[np.r_[True, np.diff(rows) != 1] | np.isin(rows, replay.offsets[:-1])].tolist()
+        parts = [np.arange(replay.offsets[e], replay.offsets[e + 1]) for e in in_order]
+        assert rows.tolist() == np.concatenate(parts).tolist()
+        held = sum(size[e] for e in in_order)
+        assert held <= budget or len(in_order) == 1
+        if fill:
+            assert fill[-1] + size[in_order[0]] > budget  # the batch before had no room for it
+        fill.append(held)
+        seen += in_order
+    whole = [sorted(seen[i * len(size) : (i + 1) * len(size)]) for i in range(3)]
+    assert whole == [sorted(size)] * 3
+    assert seen[: len(size)] != seen[len(size) : 2 * len(size)]

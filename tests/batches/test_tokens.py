@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from offline_lm.batches import render
+from offline_lm.batches.token_cache import write
 from offline_lm.batches.tokens import Tokens, tokenize
 from offline_lm.models.backbone import END, train_tokenizer
 
@@ -301,7 +302,7 @@ def test_stored_ids_are_taken_verbatim_from_the_same_tokenizer_alone(tiny):
 
 def test_saved_tokens_are_read_back(tiny, tmp_path):
     tokens = tokenize([row(observation="x " * 300, action="a"), row(), row(goal="y " * 300)], tiny, max_tokens=60)
-    tokens.save(tmp_path / "t")
+    write(tmp_path / "t", [tokens])
     again = Tokens.load(tmp_path / "t")
     assert again.cuts == tokens.cuts
     assert again.fingerprint() == tokens.fingerprint()

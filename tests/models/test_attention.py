@@ -1,9 +1,14 @@
 """Packed rows: every sequence gets what it would get alone, in the forward pass and in the gradients."""
 
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -19,8 +24,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from offline_lm.batches.pack import Layout
+from offline_lm.batches.pack import Layout, pack
+from offline_lm.batches.tokens import Tokens
 from offline_lm.errors import UserError
+from offline_lm.models import attention
 from offline_lm.models.attention import NAME
 from offline_lm.models.backbone import check_packing, hidden_states
 
@@ -33,7 +40,8 @@ HEADS: dict[str, Any] = {
     "initializer_range": 0.3,
 }
 PACKED: dict[str, Any] = {"attn_implementation": NAME}
-LAYOUT = Layout([5, 3, 7, 1, 4], [[], [4], [2, 6, 1], [3, 3], [1]])
+PROMPTS, BRANCHES = [5, 3, 7, 1, 4], [[], [4], [2, 6, 1], [3, 3], [1]]
+LAYOUT = Layout.of(PROMPTS, BRANCHES)
 
 
 def llama(attention=NAME, **options):
@@ -53,6 +61,19 @@ MODELS = {
 }  # fmt: skip
 
 
+def tokens_of(prompts, responses) -> Tokens:
+    """Of these ids, and the responses to each prompt."""
+    n, flat = len(prompts), [r for several in responses for r in several]
+
+    def ragged(parts):
+        return np.array([x for part in parts for x in part], np.uint16), np.cumsum([0, *map(len, parts)])
+
+    return Tokens(
+        *ragged(prompts), *ragged(flat), np.cumsum([0, *map(len, responses)]), np.ones(n, bool), np.ones(n, bool),
+        np.zeros(n + 1, int), np.zeros(0, int), np.zeros(n, int), np.zeros((n, 2), int), np.zeros((n, 4), int),
+    )  # fmt: skip
+
+
 def made(make):
     torch.manual_seed(0)
     return make().eval()
@@ -62,28 +83,44 @@ def row(layout=LAYOUT):
     return torch.randint(50, (sum(layout.lengths),), generator=torch.Generator().manual_seed(1))
 
 
-def alone(model, tokens, layout):
+def alone(model, tokens, prompts, branches):
     """The same hidden states from plain `transformers` calls, one sequence [prompt; response] at a time."""
     out, at = [], 0
-    for p, branches in zip(layout.prompts, layout.branches, strict=True):
+    for p, responses in zip(prompts, branches, strict=True):
         prompt = tokens[at : at + p]
         at += p
         out.append(one(model, prompt))
-        for n in branches:
+        for n in responses:
             out.append(one(model, torch.cat([prompt, tokens[at : at + n]]))[p:])
             at += n
     return torch.cat(out)
+
+
+def of_tree(model, tokens, states):
+    """The readouts of a row of states with all their responses, from the same calls: prompts, then branches."""
+    v, q = [], []
+    for n in states:
+        prompt = torch.from_numpy(tokens.prompt(n).astype(np.int64))
+        v.append(one(model, prompt)[-1])
+        for a in range(tokens.branch_ptr[n], tokens.branch_ptr[n + 1]):
+            q.append(one(model, torch.cat([prompt, torch.from_numpy(tokens.response(a).astype(np.int64))]))[-1])
+    return torch.stack(v + q)
 
 
 def one(model, ids):
     return model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
 
 
-def assert_no_leak(packed, model, plain, tokens, layout, tolerance=1e-5):
+def assert_no_leak(packed, model, plain, tokens, prompts=PROMPTS, branches=BRANCHES, tolerance=1e-5):
     """Hidden states, and the gradient of a number that depends on all of them."""
-    got, expected = packed(model, tokens, layout), alone(plain, tokens, layout)
+    layout = Layout.of(prompts, branches)
+    got, expected = packed(model, tokens, layout), alone(plain, tokens, prompts, branches)
+    assert_equal(model, got, plain, expected, tolerance)
+
+
+def assert_equal(model, got, plain, expected, tolerance=1e-5):
     torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * expected.abs().max().item())
-    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(2)) / len(got)
+    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(2), dtype=got.dtype) / len(got)
     names, gradients = [], []
     for m, hidden in ((model, got), (plain, expected)):
         m.zero_grad()
@@ -100,14 +137,104 @@ def reference(model):
     plain = type(model)(type(model.config)(**model.config.to_dict()))
     plain.set_attn_implementation("eager")
     plain.load_state_dict(model.state_dict())
-    return plain.eval()
+    return plain.eval().to(model.dtype)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_packed_row_equals_its_sequences_alone(name):
     model = made(MODELS[name])
     check_packing(model)
-    assert_no_leak(hidden_states, model, reference(model), row(), LAYOUT)
+    assert_no_leak(hidden_states, model, reference(model), row())
+
+
+@st.composite
+def episodes(draw):
+    """States of two episodes in turn: prompts go on from one another (whole, or up to their goals), or diverge."""
+    ids = st.integers(1, 48)
+    prompts, responses = [], []
+    for _ in range(2):
+        history = draw(st.lists(ids, min_size=1, max_size=4))
+        for _ in range(draw(st.integers(1, 4))):
+            goal = draw(st.lists(ids, max_size=3))
+            prompts.append(history + goal)
+            responses.append(draw(st.lists(st.lists(ids, min_size=1, max_size=3), max_size=3)))
+            if draw(st.booleans()) and responses[-1]:
+                history = history + goal + responses[-1][0]
+            history = history + draw(st.lists(ids, min_size=1, max_size=4))
+            history = history[: draw(st.integers(len(history) // 2, len(history))) or 1]
+    return prompts, responses
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("heads", [4, 2])
+@settings(max_examples=12, deadline=None)
+@given(drawn=episodes())
+def test_shared_prefixes_change_no_hidden_state_and_no_gradient(kernel, heads, drawn):
+    tokens = tokens_of(*drawn)
+    states = range(len(tokens))
+    model = made(lambda: llama(num_key_value_heads=heads)).double()
+    plain = reference(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("offline_lm.batches.pack._LEAST", 1)
+        patch.setattr("offline_lm.batches.pack._GROUP", 6)
+        patch.setattr("offline_lm.batches.tokens.COMPARED", 1)
+        if kernel:
+            patch.setattr(attention, "has_kernel", lambda query: True)
+            patch.setattr(attention, "varlen_attn", reference_varlen)
+        ids, layout = pack(tokens, states, [range(*tokens.branch_ptr[n : n + 2]) for n in states])
+        got = hidden_states(model, ids, layout)[torch.cat(layout.readouts())]
+    assert_equal(model, got, plain, of_tree(plain, tokens, states))  # norms and softmax of eager Llama are float32
+
+
+def reference_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """What the variable-length kernel is documented to compute, from [T, H, D]; it has none on the CPU."""
+    assert window_size == (-1, 0)  # causal
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    assert (cu_q[0], cu_q[-1], max_q, max_k) == (0, len(q), cu_q.diff().max(), cu_k.diff().max())
+    out = []
+    for start, stop in pairwise(cu_q.tolist()):
+        one = (x[start:stop].transpose(0, 1) for x in (q, k, v))
+        out.append(scaled_dot_product_attention(*one, is_causal=True, scale=scale, enable_gqa=enable_gqa))
+    return torch.cat(out, dim=1).transpose(0, 1)
+
+
+def test_the_variable_length_kernel_is_called_once_a_layer_and_for_cuda_in_half_precision_alone(monkeypatch):
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(args[3].tolist())
+        return reference_varlen(*args, **options)
+
+    monkeypatch.setattr(attention, "varlen_attn", counted)
+    model = made(llama)
+    hidden_states(model, row(), LAYOUT)
+    assert not calls
+    assert not attention.has_kernel(torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16))
+    monkeypatch.setattr(attention, "has_kernel", lambda query: True)
+    assert_no_leak(hidden_states, model, reference(model), row())
+    assert calls == [[0, 5, 12, 19, 20, 25]] * 2  # trunks: a single response belongs to its prompt's
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("heads", [4, 2])
+def test_on_a_gpu_in_half_precision_it_is_what_float32_on_the_cpu_computes(heads):
+    rng = np.random.default_rng(0)
+    history = rng.integers(1, 48, 100).tolist()
+    prompts = [[*history, 1, 2], history + rng.integers(1, 48, 80).tolist(), [3] * 40]
+    tokens = tokens_of(prompts, [[[5, 6], [7]], [[8] * 9], []])
+    ids, layout = pack(tokens, range(3), [range(2), range(2, 3), range(3, 3)])
+    assert layout.trunks.tolist() == [189, 40]
+    model: Any = made(lambda: llama(num_key_value_heads=heads, head_dim=16))
+    expected = hidden_states(model, ids, layout)
+    expected.square().sum().backward()
+    wanted = torch.cat([p.grad.flatten() for p in model.model.parameters() if p.grad is not None])
+    model.zero_grad()
+    model = model.to("cuda", torch.bfloat16)
+    got = hidden_states(model, ids.cuda(), layout)
+    got.float().square().sum().backward()
+    gradients = torch.cat([p.grad.flatten() for p in model.model.parameters()]).float().cpu()
+    torch.testing.assert_close(got.float().cpu(), expected, rtol=0, atol=0.05 * expected.abs().max().item())
+    torch.testing.assert_close(gradients, wanted, rtol=0, atol=0.05 * wanted.abs().max().item())
 
 
 def transformers_packing(model, tokens, layout, use_cache):
@@ -116,13 +243,11 @@ def transformers_packing(model, tokens, layout, use_cache):
 
 
 def test_packing_by_position_ids_leaks_with_a_cache_and_the_assertion_sees_it():
-    layout = Layout([5, 3, 7], [[], [], []])
-    model = made(lambda: llama("sdpa"))
-    assert_no_leak(lambda *a: transformers_packing(*a, use_cache=False), model, reference(model), row(layout), layout)
+    plain = [5, 3, 7], [[], [], []]
+    model, ids = made(lambda: llama("sdpa")), row(Layout.of(*plain))
+    assert_no_leak(lambda *a: transformers_packing(*a, use_cache=False), model, reference(model), ids, *plain)
     with pytest.raises(AssertionError, match="not close"):
-        assert_no_leak(
-            lambda *a: transformers_packing(*a, use_cache=True), model, reference(model), row(layout), layout
-        )
+        assert_no_leak(lambda *a: transformers_packing(*a, use_cache=True), model, reference(model), ids, *plain)
 
 
 def test_branches_do_not_see_each_other_and_do_see_their_prompt():
@@ -169,8 +294,8 @@ def test_attention_that_is_no_plain_softmax_is_refused():
 def test_a_sequence_longer_than_the_window_raises():
     options = SIZE | HEADS
     model = made(lambda: MistralForCausalLM(MistralConfig(**options, sliding_window=8, **PACKED)))
-    fits, longer = Layout([5, 8], [[3], []]), Layout([5, 8], [[4], []])
-    assert_no_leak(hidden_states, model, reference(model), row(fits), fits)
+    fits, longer = ([5, 8, 4], [[3], [], [4, 4]]), Layout.of([5, 8], [[4], []])
+    assert_no_leak(hidden_states, model, reference(model), row(Layout.of(*fits)), *fits)
     with pytest.raises(
         ValueError, match=r"a sequence of 9 tokens exceeds the model's window of 8: set data\.max_tokens"
     ):

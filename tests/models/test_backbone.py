@@ -21,7 +21,7 @@ def test_saved_and_loaded_it_says_the_same(tiny, tmp_path):
     again, tokens = backbone.load(str(tmp_path), "float32")
     assert tokens("a red mug")["input_ids"] == tokenizer("a red mug")["input_ids"]
     ids = torch.tensor(tokenizer("a red mug and")["input_ids"] * 2)
-    layout = Layout([len(ids) // 2] * 2, [[], []])
+    layout = Layout.of([len(ids) // 2] * 2, [[], []])
     model.eval()
     torch.testing.assert_close(backbone.hidden_states(again, ids, layout), backbone.hidden_states(model, ids, layout))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()  # what others read

@@ -9,7 +9,8 @@ import torch
 
 from offline_lm.batches.tokens import tokenize
 from offline_lm.models import features
-from offline_lm.models.batching import CachedBatches, EncodedBatches, Outcomes
+from offline_lm.models.batching import CachedBatches, Outcomes
+from offline_lm.models.encoding import EncodedBatches
 from offline_lm.models.heads import polyak, target_of
 
 CPU = torch.device("cpu")
@@ -22,14 +23,6 @@ def feats(shop, tmp_path_factory):
 
 def rows_of(replay, *episodes):
     return np.concatenate([np.arange(replay.offsets[e], replay.offsets[e + 1]) for e in episodes])
-
-
-def test_features_do_not_depend_on_the_packing(shop, feats, tmp_path):
-    again = features.compute(shop.model, shop.tokens, tmp_path, token_budget=1)
-    assert again.v.shape == (len(shop.rows), 16)
-    assert len(again.q) == sum(len(row["candidates"] or ()) for row in shop.rows)
-    np.testing.assert_allclose(again.v, feats.v, atol=1e-5)
-    np.testing.assert_allclose(again.q, feats.q, atol=1e-5)
 
 
 def test_cached_and_encoded_batches_are_equal(shop, feats):
@@ -98,24 +91,3 @@ def test_the_target_backbone_is_its_own_and_follows(shop):
     last = make(rows)
     torch.testing.assert_close(last.target_states, last.states)
     torch.testing.assert_close(last.target_actions, last.actions)
-
-
-def test_features_are_computed_once(shop, feats, tmp_path):
-    def encode(spans):
-        pytest.fail("encoded again")
-
-    folder = tmp_path / "f"
-    features.compute(shop.model, shop.tokens, folder)
-    again = features.compute(shop.model, shop.tokens, folder, progress=encode)
-    np.testing.assert_allclose(again.v, feats.v, atol=1e-5)
-    (folder / "done").unlink()  # a broken run
-    with pytest.raises(pytest.fail.Exception, match="encoded again"):
-        features.compute(shop.model, shop.tokens, folder, progress=encode)
-
-
-def test_the_fingerprint_tells_weights_apart(shop):
-    other = copy.deepcopy(shop.model)
-    assert features.fingerprint(other) == features.fingerprint(shop.model)
-    with torch.no_grad():
-        other.model.norm.weight[0] += 1e-6
-    assert features.fingerprint(other) != features.fingerprint(shop.model)

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from offline_lm.errors import UserError
+from offline_lm.models import backbone
+from offline_lm.models import critic as critic_module
 from offline_lm.models.critic import Critic
 from offline_lm.models.heads import Heads
 
@@ -141,3 +143,75 @@ def test_errors_name_the_record(critic, state, message):
 def test_a_folder_without_a_critic_is_the_users_mistake(tmp_path):
     with pytest.raises(UserError, match=r"holds no critic.*STORE/runs/RUN_ID"):
         Critic.from_pretrained(tmp_path)
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """Tokens of every pass through the backbone."""
+    seen = []
+    encode = backbone.hidden_states
+
+    def counted(model, ids, layout):
+        seen.append(len(ids))
+        return encode(model, ids, layout)
+
+    monkeypatch.setattr(backbone, "hidden_states", counted)
+    return seen
+
+
+def test_equal_states_are_encoded_once(critic, encoded):
+    state = {"goal": "Buy a red mug", "observation": PAGE}
+    actions = ["back", "click[red mug]", "search[mug]"]
+    rows = [{**state, "action": actions[i % 3]} for i in range(9)]
+    rows += [state, {**state, "action": "back", "response": "I go back"}, {**state, "response": "back"}]
+    rows += [{**state, "candidates": actions}] * 2
+    alone = [score for row in rows for score in critic.score([row])]
+    encoded.clear()
+    close(list(critic.score(rows)), alone)
+    together = sum(encoded)
+    encoded.clear()
+    list(critic.score([{**state, "candidates": [*actions, "I go back"]}, {**state, "candidates": actions}]))
+    assert together == sum(encoded)
+
+
+def test_what_differs_in_anything_seen_is_not_merged(critic, encoded):
+    state = {"goal": "Buy a red mug", "observation": PAGE, "action": "back"}
+    others = [{"url": "http://shop"}, {"observation_error": "no"}, {"history": ["a"]}, {"start_url": "http://shop"}]
+    rows = [state, *({**state, **other} for other in others), {**state, "goal": None, "start_url": "http://shop"}]
+    alone = [score for row in rows for score in critic.score([row])]
+    one_by_one = sum(encoded)
+    encoded.clear()
+    close(list(critic.score(rows)), alone)
+    assert sum(encoded) == one_by_one
+
+
+def test_logged_ids_of_a_response_are_read_as_they_are(shop, critic):
+    ids = shop.tokenizer("search[lamp]")["input_ids"]
+    state = {"goal": "Buy a lamp", "observation": PAGE, "action": "back", "tokenizer_id": shop.tokenizer.name_or_path}
+    rows = [state, {**state, "response_token_ids": ids}, {**state, "response_token_ids": ids[:1]}]
+    alone = [score for row in rows for score in critic.score([row])]
+    close(list(critic.score(rows)), alone)
+    assert len({round(score.q[0], 5) for score in alone}) == 3
+
+
+def test_little_is_read_ahead(critic, monkeypatch):
+    read = []
+
+    def states():
+        for i in range(50):
+            read.append(i)
+            yield {"goal": f"Buy {i}", "observation": PAGE}
+
+    scores = critic.score(states(), chunk=8)
+    next(scores)
+    assert len(read) == 8
+    monkeypatch.setattr(critic_module, "_CHARACTERS", 3 * len(PAGE))
+    read.clear()
+    next(critic.score(states(), chunk=8))
+    assert len(read) == 3
+
+
+def test_a_chunk_has_no_score_for_what_cannot_be_read(critic):
+    first, none, last = critic.score_chunk([STATES[0], {"goal": "word " * 500, "observation": "p"}, STATES[1]])
+    assert none is None
+    close([first, last], list(critic.score(STATES[:2])))

@@ -102,3 +102,39 @@ def test_an_unknown_loss_is_refused():
 def test_one_value_for_all_returns_still_has_bins():
     heads = Heads(5, loss="hl_gauss", low=0.0, high=0.0)
     assert heads.values(X).isfinite().all()
+
+
+@pytest.mark.parametrize("loss", ["mse", "hl_gauss"])
+def test_products_in_bfloat16_stay_close_and_losses_are_float32(loss):
+    torch.manual_seed(0)
+    heads, x = Heads(64, hidden=64, loss=loss), torch.randn(256, 64)
+    y, mask = x[:, 0].sigmoid(), torch.ones(256, dtype=torch.bool)
+
+    def gradients():
+        heads.zero_grad()
+        raw = heads.q(x)
+        assert raw.dtype == torch.float32
+        loss = heads.q.regress(raw, y, mask) + heads.v.expectile(heads.v(x), y, 0.8, mask)
+        assert loss.dtype == torch.float32
+        loss.backward()
+        return loss.detach(), torch.cat([p.grad.flatten() for p in heads.parameters() if p.grad is not None])
+
+    exact_loss, exact = gradients()
+    heads.compute_in(torch.bfloat16)
+    half_loss, half = gradients()
+    torch.testing.assert_close(half_loss, exact_loss, rtol=0.01, atol=0)
+    assert 0 < (half - exact).norm() / exact.norm() < 0.02  # not 0: bfloat16 was used
+    assert all(p.dtype == torch.float32 for p in heads.parameters())
+    heads.compute_in(None)
+    assert torch.equal(gradients()[1], exact)
+
+
+def test_what_target_and_online_module_share_does_not_move():
+    shared, online = nn.Linear(2, 2), nn.Linear(2, 2)
+    target = copy.deepcopy(online)
+    before = shared.weight.clone()
+    with torch.no_grad():
+        online.weight += 1.0
+    polyak(nn.ModuleList([shared, target]), nn.ModuleList([shared, online]), 0.5)
+    assert torch.equal(shared.weight, before)
+    torch.testing.assert_close(target.weight, online.weight - 0.5)

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from offline_lm.batches.render import Cuts
 from offline_lm.batches.replay import Replay
 from offline_lm.batches.tokens import Tokens
 from offline_lm.ope.diagnostics import (
@@ -107,7 +106,7 @@ def tokens_of(replay, options):
         candidate_branch=none,
         page=np.zeros(n, int),
         goal_ptr=np.zeros((n, 2), int),
-        cuts=Cuts(),
+        cut=np.zeros((n, 4), int),
     )
 
 

@@ -1,0 +1,86 @@
+"""What `fit` checks before its work begins."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from offline_lm.errors import UserError
+from offline_lm.models import devices, represent
+
+_Rule = tuple[str, Callable[[Any], bool], str]
+
+
+def _one_of(*words: str) -> tuple[str, Callable[[Any], bool]]:
+    return f"one of {', '.join(words)}", lambda x: x in words
+
+
+def _number(x: Any, *kinds: type) -> bool:
+    return isinstance(x, kinds or (int, float)) and not isinstance(x, bool)
+
+
+def _all_or_names(x: Any) -> bool:
+    return x == "all" or (isinstance(x, ListConfig) and len(x) > 0 and all(isinstance(name, str) for name in x))
+
+
+_PARTS = " ".join(f"model.stage.{part.name}" for part in dataclasses.fields(represent.Weights))
+RULES: tuple[_Rule, ...] = (
+    ("a whole number from 0", lambda x: _number(x, int) and x >= 0,
+        "seed data.history optim.warmup model.stage.tokens"),
+    ("a whole number from 1", lambda x: _number(x, int) and x >= 1,
+        "data.max_tokens optim.steps optim.batch_size optim.batch_tokens optim.log_every optim.checkpoint_every"
+        " model.vocab_size model.width model.layers model.attention_heads model.stage.batch_tokens model.heads.ensemble"
+        " model.heads.hidden model.lora.rank"),
+    ("a whole number from 2", lambda x: _number(x, int) and x >= 2, "model.stage.goals_per_page model.heads.bins"),
+    ("null or a whole number from 0", lambda x: x is None or (_number(x, int) and x >= 0), "heads_seed"),
+    ("null or a whole number from 1", lambda x: x is None or (_number(x, int) and x >= 1), "threads"),
+    ("a number from 0", lambda x: _number(x) and 0 <= x < math.inf, f"optim.weight_decay {_PARTS}"),
+    ("a number above 0", lambda x: _number(x) and 0 < x < math.inf,
+        "optim.lr optim.clip model.stage.lr model.lora.alpha"),
+    ("a number from 0 to 1", lambda x: _number(x) and 0 <= x <= 1, "model.stage.goals_first"),
+    ("a share of tasks from 0 to below 1", lambda x: _number(x) and 0 <= x < 1, "data.held_out"),
+    ("true or false", lambda x: isinstance(x, bool), "baselines logger.tensorboard model.gradient_checkpointing"),
+    (*_one_of("heads", "lora", "full"), "model.train"),
+    (*_one_of("ema", "heads"), "model.target"),
+    ("all or a list of names", _all_or_names, "model.lora.layers"),
+    (*_one_of("auto", "float32", "bfloat16", "float16"), "model.dtype"),
+    (*_one_of("float32", "bfloat16"), "model.features"),
+    (*_one_of("mse", "hl_gauss"), "model.heads.loss"),
+    (*_one_of("outcome", "unknown"), "data.truncated"),
+    (*_one_of("actions", "turns"), "data.context"),
+    (*_one_of("float32", "bfloat16"), "optim.precision"),
+    ("auto, true or false", lambda x: x == "auto" or isinstance(x, bool), "data.resident"),
+)  # fmt: skip
+"""What is wanted, the test of it, and the keys that it holds for (those of them that the configuration has)."""
+
+
+def checked(cfg: DictConfig) -> torch.device:
+    """The device to work on, after every mistake that can be seen before the work begins.
+
+    Raises:
+        UserError: a value of a wrong type or range, an unknown device, or a `run_dir` that cannot be written.
+    """
+    absent = object()
+    for wanted, holds, keys in RULES:
+        for key in keys.split():
+            value = OmegaConf.select(cfg, key, default=absent)
+            if value is not absent and not holds(value):
+                raise UserError(f"{key}={value}: {wanted} is wanted")
+    if cfg.model.path is None and cfg.model.width % (2 * cfg.model.attention_heads):
+        raise UserError(f"model.width={cfg.model.width}: a multiple of twice model.attention_heads is wanted")
+    if cfg.run_dir is not None:
+        try:
+            Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=cfg.run_dir).close()
+        except OSError as error:
+            raise UserError(f"run_dir={cfg.run_dir} cannot be written: {error.strerror}") from error
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    return devices.device(cfg.device)
