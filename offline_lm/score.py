@@ -47,8 +47,8 @@ def score(cfg: DictConfig) -> dict[str, Any]:
         raise UserError(f"output={output}: input is {kind}, so output must be {kind} too")
     if not source.is_file():
         raise UserError(f"input={source}: no such file")
-    if type(cfg.batch_tokens) is not int or cfg.batch_tokens < 1:
-        raise UserError(f"batch_tokens={cfg.batch_tokens}: a whole number from 1 is wanted")
+    if cfg.batch_tokens is not None and (type(cfg.batch_tokens) is not int or cfg.batch_tokens < 1):
+        raise UserError(f"batch_tokens={cfg.batch_tokens}: null or a whole number from 1 is wanted")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     critic = Critic.from_pretrained(find_run(cfg.run, cfg.store))

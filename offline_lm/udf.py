@@ -16,10 +16,10 @@ memory where its rows are among the last `KEPT`, else anew. Once is enough, howe
 from __future__ import annotations
 
 import atexit
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -81,7 +81,8 @@ CREATE MACRO scored_steps(run) AS TABLE
     SELECT episode_id, step, score.v AS v, score.q AS q FROM scored;
 """
 
-_one_at_a_time = threading.Lock()  # DuckDB calls from several threads; torch uses all cores for one of them
+_scorer = ThreadPoolExecutor(1, "critic")
+"""DuckDB calls from threads of its own, and torch would start a team of threads for each: one does all the work."""
 _registered: weakref.WeakSet[duckdb.DuckDBPyConnection] = weakref.WeakSet()
 
 
@@ -118,26 +119,28 @@ class _Reader:
             UserError: no such run, no critic in its folder, or one that reads more of the past than SQL gives. DuckDB
                 passes its text on.
         """
-        with _one_at_a_time:
-            named, rows = runs.to_pylist(), states.to_pylist()
-            keys = [
-                None if run is None or row is None else sha256(orjson.dumps([run, row])).digest()
-                for run, row in zip(named, rows, strict=True)
-            ]
-            new = {key: i for i, key in enumerate(keys) if key is not None and key not in self.known}
-            for run in dict.fromkeys(named[i] for i in new.values()):
-                mine = [key for key, i in new.items() if named[i] == run]
-                critic, asked = self._critic(run), [rows[new[key]] for key in mine]
-                if critic.config.get("context") == "turns" and any(row["history"] for row in asked):
-                    raise UserError(
-                        f"run {run} reads whole past turns (data.context=turns), and `history` in SQL is actions alone:"
-                        ' use `python -m offline_lm.score`; stored steps have their values in the table "values"'
-                    )
-                found = critic.score_chunk(asked)
-                for key, score in zip(mine, found, strict=True):
-                    self.known[key] = (None, None) if score is None else (score.v, score.q[0] if score.q else None)
-            out = [(None, None) if key is None else self.known[key] for key in keys]
-            self._forget(keys)
+        return _scorer.submit(self._scores, runs, states).result()
+
+    def _scores(self, runs: pa.ChunkedArray, states: pa.ChunkedArray) -> pa.Array:
+        named, rows = runs.to_pylist(), states.to_pylist()
+        keys = [
+            None if run is None or row is None else sha256(orjson.dumps([run, row])).digest()
+            for run, row in zip(named, rows, strict=True)
+        ]
+        new = {key: i for i, key in enumerate(keys) if key is not None and key not in self.known}
+        for run in dict.fromkeys(named[i] for i in new.values()):
+            mine = [key for key, i in new.items() if named[i] == run]
+            critic, asked = self._critic(run), [rows[new[key]] for key in mine]
+            if critic.config.get("context") == "turns" and any(row["history"] for row in asked):
+                raise UserError(
+                    f"run {run} reads whole past turns (data.context=turns), and `history` in SQL is actions alone:"
+                    ' use `python -m offline_lm.score`; stored steps have their values in the table "values"'
+                )
+            found = critic.score_chunk(asked)
+            for key, score in zip(mine, found, strict=True):
+                self.known[key] = (None, None) if score is None else (score.v, score.q[0] if score.q else None)
+        out = [(None, None) if key is None else self.known[key] for key in keys]
+        self._forget(keys)
         return pa.array([{"v": v, "q": q} for v, q in out], _SCORE)
 
     def _critic(self, run: str) -> Critic:

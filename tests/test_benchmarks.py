@@ -1,10 +1,25 @@
 """The benchmarks run, at their smallest, and say what DESIGN section 9 asks; `run_all` keeps the README's table."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "analysis" / "benchmarks"
+
+SMALLEST = {
+    "critic_update": "turns=2 rows=ours,offline_archer,floor threads=1",
+    "heads": "updates=1 repeats=1 threads=1 batch=64",
+    "embed": "steps=2 repeats=1 threads=1 batches=2",
+    "candidates": "k=2 state=40 action=5 turns=2 page=20 layers=1 repeats=1",
+    "ingest": "size_mb=1 repeats=1 formats=jsonl",
+    "sampling": "steps=256 repeats=1",
+    "sql_score": "rows=16 repeats=1 threads=1",
+    "returns": "steps=20000 loop_steps=2000 repeats=1",
+}
 
 
 @pytest.fixture
@@ -43,3 +58,18 @@ def test_readme_has_a_row_for_every_benchmark(run_all):
     readme = (FOLDER.parents[1] / "README.md").read_text()
     table = readme.partition(run_all.BEGIN)[2].partition(run_all.END)[0]
     assert [line.split("`")[1] for line in table.splitlines() if line.startswith("| `")] == list(run_all.NAMES)
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_a_benchmark_measures_itself_and_its_peer(name, tmp_path):
+    command = [sys.executable, str(FOLDER / f"{name}.py"), "json=true", *SMALLEST[name].split()]
+    ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TMPDIR": str(tmp_path)})
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    found = json.loads(ran.stdout.strip().splitlines()[-1])
+    assert {"ours", "peer", "ratio", "goal", "unit", "versions", "rows"} <= found.keys()
+    gain = found["ours"] / found["peer"]  # of a rate; of a time it is the other way round
+    assert found["ratio"] in (pytest.approx(gain, rel=0.05, abs=0.01), pytest.approx(1 / gain, rel=0.05, abs=0.01))
+
+
+def test_every_benchmark_of_the_table_is_tried(run_all):
+    assert set(SMALLEST) == set(run_all.NAMES)

@@ -14,8 +14,8 @@ CPU-milliseconds for V(s) and Q(s, a) of k actions of `action` tokens at a state
 
 and, where a history grows by `page` tokens a turn and V and Q of every turn are trained (page=600 takes minutes),
 
-    history peer   every prefix encoded by itself, as OfflineArcher does (`archer/algorithms/online_archer.py` of
-                   nkondermann's OfflineArcher builds each turn's whole history as text); run once: it takes long
+    history peer   every prefix encoded by itself, as OfflineArcher does, whose states are whole histories (the whole
+                   of its update is in `critic_update`); run once: it takes long
     history ours   one pass over the shared trunk (`data.context=turns`)
 
 `ratio` is the lesser of the ratios of scoring and training.

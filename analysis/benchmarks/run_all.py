@@ -1,6 +1,6 @@
 """Every benchmark that has a peer, one after another, as the README's table.
 
-    python analysis/benchmarks/run_all.py [readme=README.md] [names=heads,embed,...]
+    python analysis/benchmarks/run_all.py [readme=README.md] [names=heads,embed,...] [keep=bench.jsonl]
 
 Each runs in a process of its own with ``json=true``; nothing else should be running. With ``readme`` the table between
 the two marks in that file is replaced by the new one: all rows, or those named.
@@ -37,7 +37,7 @@ def row(name: str, result: dict[str, Any]) -> str:
     ratio, goal = result["ratio"], result["goal"]
     met = "" if goal is None else f"{goal:g}" + ("" if ratio >= goal else " (missed)")
     cells = (
-        f"`{name}`", _number(result["ours"]), _number(result["peer"]), result["unit"], f"{ratio:.3g}", met,
+        f"`{name}`", _number(result["ours"]), _number(result["peer"]), result["unit"], f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.3g}", met,
         f"{datetime.now(UTC):%Y-%m-%d}",
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
@@ -63,7 +63,7 @@ def _number(x: float) -> str:
 
 
 def main(argv: list[str]) -> None:
-    given = {"readme": "", "names": ",".join(NAMES)}
+    given = {"readme": "", "names": ",".join(NAMES), "keep": ""}
     for argument in argv:
         key, _, value = argument.partition("=")
         if key not in given:
@@ -74,8 +74,12 @@ def main(argv: list[str]) -> None:
     rows = {}
     print(HEAD, flush=True)
     for name in given["names"].split(","):
-        rows[name] = row(name, run(name))
+        result = run(name)
+        rows[name] = row(name, result)
         print(rows[name], flush=True)
+        if given["keep"]:
+            with Path(given["keep"]).open("a", encoding="utf-8") as kept:
+                kept.write(json.dumps({"benchmark": name, **result}) + "\n")
         if given["readme"]:  # after each, so that a run that is cut short keeps what it has
             file = Path(given["readme"])
             file.write_text(replaced(file.read_text(encoding="utf-8"), rows), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -32,7 +33,8 @@ def td_target(
     ``continues`` is 1 - terminated; where it is 0 the next value does not count, whatever it is.
     """
     # where: after a terminal step there may be no value at all (NaN), and 0 * NaN is NaN.
-    return rewards + (gamma * continues * next_values.detach()).where(continues != 0, 0.0)
+    following = next_values.detach().where(continues != 0, 0.0)
+    return torch.addcmul(rewards, continues, following, value=gamma)
 
 
 def td_error(values: Float[Tensor, "*k n"], target: Float[Tensor, " n"]) -> Float[Tensor, "*k n"]:

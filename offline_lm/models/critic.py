@@ -19,6 +19,7 @@ from offline_lm.batches.pack import pack, state_rows
 from offline_lm.batches.tokens import tokenize
 from offline_lm.errors import UserError
 from offline_lm.models import backbone
+from offline_lm.models.devices import row_tokens
 from offline_lm.models.heads import Heads
 from offline_lm.store import Store
 
@@ -74,7 +75,7 @@ class Critic:
         save_heads(folder, self.heads, self.config, backbone_path)
 
     def score(
-        self, states: Iterable[dict[str, Any]], *, chunk: int = 1024, token_budget: int = 4096
+        self, states: Iterable[dict[str, Any]], *, chunk: int = 1024, token_budget: int | None = None
     ) -> Iterator[Score]:
         """Scores in the order of `states`, streamed: at most a chunk of them is read ahead.
 
@@ -83,7 +84,7 @@ class Critic:
                 actions, or, for a critic of `data.context=turns`, objects with what was seen and done), and
                 `candidates` (texts, or dicts with `action`), or `action` or `response`, or neither.
             chunk: states that are tokenised and packed together; fewer where their texts are long.
-            token_budget: tokens in one forward pass.
+            token_budget: tokens in one forward pass; None: as many as suit the device.
 
         Raises:
             UserError: a state with nothing seen, or whose goal and last past action exceed the critic's `max_tokens`.
@@ -100,7 +101,7 @@ class Critic:
                 yield score
             done += len(part)
 
-    def score_chunk(self, states: Iterable[dict[str, Any]], *, token_budget: int = 4096) -> list[Score | None]:
+    def score_chunk(self, states: Iterable[dict[str, Any]], *, token_budget: int | None = None) -> list[Score | None]:
         """As `score`, all at once; None for a state whose goal and last past action exceed `max_tokens`."""
         return self._score([_row(state, number, self._shown) for number, state in enumerate(states)], token_budget)
 
@@ -114,7 +115,7 @@ class Critic:
         return self.config["history"] if self._context == "actions" else None
 
     @torch.no_grad()
-    def _score(self, steps: list[dict[str, Any]], token_budget: int) -> list[Score | None]:
+    def _score(self, steps: list[dict[str, Any]], token_budget: int | None) -> list[Score | None]:
         """Equal states are encoded once, with every action that is asked about there.
 
         States that begin alike stand together, so that what they share is encoded once. (An order by length would save
@@ -128,7 +129,7 @@ class Critic:
         branches = [range(a, b) if asks else range(0) for a, b in pairwise(tokens.branch_ptr.tolist())]
         device = next(self.model.parameters()).device
         v, q = np.zeros(len(tokens)), np.zeros(len(tokens.response_ptr) - 1)
-        for span in state_rows(tokens, order, [branches[n] for n in order], token_budget):
+        for span in state_rows(tokens, order, [branches[n] for n in order], token_budget or row_tokens(device)):
             states = order[span.start : span.stop]
             ids, layout = pack(tokens, states, [branches[n] for n in states])
             hidden = backbone.hidden_states(self.model, ids.to(device), layout).float()

@@ -21,6 +21,11 @@ def device(name: str) -> torch.device:
         raise UserError(f"device={name}: {str(error).splitlines()[0]}") from error
 
 
+def row_tokens(device: torch.device) -> int:
+    """Tokens of a packed row in one forward pass: on a CPU few, since more would leave its caches, a fifth slower."""
+    return 2048 if device.type == "cpu" else 16_384
+
+
 def sent(tensor: torch.Tensor, to: torch.device) -> torch.Tensor:
     """A copy on the device; to a GPU from pinned memory, so that nobody waits for it."""
     return tensor.pin_memory().to(to, non_blocking=True) if to.type == "cuda" else tensor.to(to)

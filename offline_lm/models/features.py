@@ -23,6 +23,7 @@ from torch import Tensor
 from offline_lm.batches.pack import pack, state_rows
 from offline_lm.batches.tokens import Tokens
 from offline_lm.models.backbone import hidden_states
+from offline_lm.models.devices import row_tokens
 from offline_lm.models.feature_cache import KEY, Dtype, FeatureCache, Rows
 
 Array = np.ndarray
@@ -70,7 +71,7 @@ def compute(
     cache: Path,
     *,
     dtype: Dtype = "float32",
-    token_budget: int = 4096,
+    token_budget: int | None = None,
     progress: Callable[[list[range]], Iterable[range]] = iter,
 ) -> Features:
     """Readouts of every state and of every response to it; encodes those alone that `cache` does not hold.
@@ -81,7 +82,7 @@ def compute(
     Args:
         cache: folder of all caches; that of these weights is `cache / key(...)`, made here.
         dtype: what the rows are stored in; they are read as float32 all the same.
-        token_budget: tokens in one forward pass; on a CPU more are slower, since they leave its caches.
+        token_budget: tokens in one forward pass; None: as many as suit the device.
         progress: wraps the passes, each a range of states that are encoded.
 
     Raises:
@@ -97,7 +98,7 @@ def compute(
         device = next(model.parameters()).device
         with found.appending() as appender:
             states, branches = _missing(found, tokens, v_keys, q_keys)
-            for span in progress(list(state_rows(tokens, states, branches, token_budget))):
+            for span in progress(list(state_rows(tokens, states, branches, token_budget or row_tokens(device)))):
                 some, options = states[span.start : span.stop], branches[span.start : span.stop]
                 ids, layout = pack(tokens, some, options)
                 hidden = hidden_states(model, ids.to(device), layout)
