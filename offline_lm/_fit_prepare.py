@@ -55,10 +55,12 @@ def prepare(
 
 def tokenized(cfg: DictConfig, store: Store, db: duckdb.DuckDBPyConnection, replay: Replay, tokenizer: Any) -> Tokens:
     """The selected steps' tokens; the store's cache keeps them, and new episodes alone are tokenised."""
+    hashes = dict(db.execute("SELECT episode_id, content_hash FROM episodes").fetchall())
     tokens = token_cache.cached(
         store.cache_dir / "tokens",
         tokens_key(cfg, db, tokenizer),
         replay.episode_ids,
+        [hashes[episode] for episode in replay.episode_ids],
         replay.offsets,
         lambda episodes: tqdm(replays.steps(db, cfg.data.where, episodes), "tokens", unit="step"),
         tokenizer,

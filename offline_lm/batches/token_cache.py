@@ -66,6 +66,7 @@ def cached(
     root: Path,
     settings: str,
     episodes: Sequence[str],
+    contents: Sequence[str],
     offsets: Array,
     steps: Callable[[list[str] | None], Iterable[dict[str, Any]]],
     tokenizer: Any,
@@ -76,20 +77,22 @@ def cached(
 ) -> Tokens:
     """The tokens of these episodes, memory-mapped; what no cache under `root` holds yet is made and kept there.
 
-    Episodes never change once they have an id, so those that another cache with the same settings holds are copied from
-    it, and the tokenizer sees the new ones alone. Folders appear whole or not at all.
+    Episodes that another cache with the same settings holds are copied from it, and the tokenizer sees the new ones
+    alone. What an episode is, its content says: after a repair another may have its id. Folders appear whole or not
+    at all.
 
     Args:
         root: the store's folder for tokens.
         settings: name of all that tokens depend on beside the episodes: tokenizer, renderer and their options.
         episodes, offsets: ids [E] in the order of the rows, and int64 [E+1] their borders, as `Replay` has them.
+        contents: [E], the hash of each episode's content.
         steps: the rows of some of these episodes, or for None of all, in that order.
     """
-    digest = hashlib.sha256("\n".join(episodes).encode() + np.ascontiguousarray(offsets).tobytes())
+    digest = hashlib.sha256("\n".join(contents).encode() + np.ascontiguousarray(offsets).tobytes())
     folder = root / settings / digest.hexdigest()[:20]
     if not (folder / "meta.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        earlier, at = _earlier(folder.parent, episodes, np.diff(offsets))
+        earlier, at = _earlier(folder.parent, contents, np.diff(offsets))
         missing = [e for e, row in zip(episodes, at.tolist(), strict=True) if row < 0]
         options = {"max_tokens": max_tokens, "history": history, "context": context}
         with tempfile.TemporaryDirectory(prefix="partial-", dir=folder.parent) as scratch:
@@ -99,7 +102,7 @@ def cached(
             else:
                 write(new, tokenized_parts(steps(missing), tokenizer, **options))
                 write(whole, _merged(earlier, Tokens.load(new), at, np.diff(offsets)))
-            np.save(whole / "episodes.npy", np.array(episodes))
+            np.save(whole / "contents.npy", np.array(contents))
             np.save(whole / "offsets.npy", offsets)
             (whole / "meta.json").write_text(
                 json.dumps({"episodes": len(episodes), "copied": len(episodes) - len(missing)})
@@ -112,17 +115,17 @@ def cached(
     return Tokens.load(folder)
 
 
-def _earlier(folder: Path, episodes: Sequence[str], lengths: Array) -> tuple[Tokens | None, Array]:
+def _earlier(folder: Path, contents: Sequence[str], lengths: Array) -> tuple[Tokens | None, Array]:
     """The cache that holds most of these episodes; and int64 [E], the row where each begins there, else -1."""
-    found, best = None, np.full(len(episodes), -1, np.int64)
+    found, best = None, np.full(len(contents), -1, np.int64)
     for meta in folder.glob("*/meta.json"):
-        held = np.load(meta.parent / "episodes.npy")
+        held = np.load(meta.parent / "contents.npy")
         offsets = np.load(meta.parent / "offsets.npy")
         place = {
-            (e, n): start
-            for e, n, start in zip(held.tolist(), np.diff(offsets).tolist(), offsets[:-1].tolist(), strict=True)
+            (content, n): start
+            for content, n, start in zip(held.tolist(), np.diff(offsets).tolist(), offsets[:-1].tolist(), strict=True)
         }
-        at = np.array([place.get(key, -1) for key in zip(episodes, lengths.tolist(), strict=True)], np.int64)
+        at = np.array([place.get(key, -1) for key in zip(contents, lengths.tolist(), strict=True)], np.int64)
         if (at >= 0).sum() > (best >= 0).sum():
             found, best = meta.parent, at
     return (None if found is None else Tokens.load(found)), best

@@ -38,8 +38,9 @@ def rows_of(episode: str):
 class Log:
     """Episodes, and which of them were read."""
 
-    def __init__(self, episodes):
+    def __init__(self, episodes, contents=None):
         self.episodes = [str(e) for e in episodes]
+        self.contents = contents or [f"content of {e}" for e in episodes]
         self.offsets = np.cumsum([0, *(len(list(rows_of(e))) for e in self.episodes)])
         self.read = []
 
@@ -49,7 +50,7 @@ class Log:
             yield from rows_of(e)
 
     def cached(self, root, tokenizer, name="settings"):
-        return cached(root, name, self.episodes, self.offsets, self.steps, tokenizer, **OPTIONS)
+        return cached(root, name, self.episodes, self.contents, self.offsets, self.steps, tokenizer, **OPTIONS)
 
 
 def assert_same(got: Tokens, expected: Tokens):
@@ -77,6 +78,13 @@ def test_a_grown_cache_is_what_tokenising_everything_gives(tmp_path_factory, tok
     held = max((len(set(now) & set(episodes)) for episodes in earlier), default=0)
     assert len(log.read) in (0, len(now) - held)
     assert_same(Log(now).cached(root, tokenizer), whole(log, tokenizer))
+
+
+def test_an_id_with_other_content_is_read_again(tmp_path, tokenizer):
+    Log([1, 2]).cached(tmp_path, tokenizer)
+    log = Log([1, 2], ["content of 1", "what stands there after a repair"])
+    log.cached(tmp_path, tokenizer)
+    assert log.read == ["2"]
 
 
 def test_new_episodes_alone_are_read(tmp_path, tokenizer):
