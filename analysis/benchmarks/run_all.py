@@ -37,7 +37,7 @@ def row(name: str, result: dict[str, Any]) -> str:
     ratio, goal = result["ratio"], result["goal"]
     met = "" if goal is None else f"{goal:g}" + ("" if ratio >= goal else " (missed)")
     cells = (
-        f"`{name}`", _number(result["ours"]), _number(result["peer"]), result["unit"], f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.3g}", met,
+        f"`{name}`", _number(result["ours"]), _number(result["peer"]), result["unit"], _number(ratio), met,
         f"{datetime.now(UTC):%Y-%m-%d}",
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
