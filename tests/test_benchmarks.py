@@ -16,7 +16,7 @@ SMALLEST = {
     "embed": "steps=2 repeats=1 threads=1 batches=2",
     "candidates": "k=2 state=40 action=5 turns=2 page=20 layers=1 repeats=1",
     "ingest": "size_mb=1 repeats=1 formats=jsonl",
-    "sampling": "steps=512 batch=8 repeats=1",
+    "sampling": "steps=2048 batch=16 repeats=1",
     "sql_score": "rows=16 repeats=1 threads=1",
     "returns": "steps=20000 loop_steps=2000 repeats=1",
 }
