@@ -102,7 +102,8 @@ class Store:
             folder = Path(store.url)
             if folder.exists() and not folder.is_dir():
                 raise UserError(f"{folder} is a file: a store is a folder")
-            if not store.exists("episodes") and folder.is_dir() and any(folder.iterdir()):
+            # `exists` last: what is there may be another process's store, made a moment ago
+            if folder.is_dir() and _strangers(folder) and not store.exists("episodes"):
                 raise UserError(f"{folder} holds other files and is no store: name a new or empty folder")
         store._create_table("episodes")
         store._check_version()
@@ -370,3 +371,11 @@ def _as_table(table: str, rows: Sequence[Mapping[str, Any]] | pa.Table) -> pa.Ta
         ],
         schema=want,
     )
+
+
+def _strangers(folder: Path) -> bool:
+    """Whether a folder holds anything but tables, of which another process may be making the first."""
+    tables = folder / "tables"
+    if any(path != tables for path in folder.iterdir()):
+        return True
+    return tables.is_dir() and any(path.name not in schema.TABLES for path in tables.iterdir())

@@ -215,3 +215,12 @@ def test_files_of_an_object_store_are_read_in_the_calling_thread(store, monkeypa
     (file,) = store.files("runs")
     assert store.read_file("runs", file, ["run_id", "status", "absent"]).column_names == ["run_id", "status"]
     assert threads == {threading.get_ident()}
+
+
+def test_a_folder_in_which_the_first_table_is_being_made_is_no_stranger(tmp_path):
+    """Two processes create one store: the second finds the first one's folders, and no commit yet."""
+    (tmp_path / "store" / "tables" / "episodes" / "_delta_log").mkdir(parents=True)
+    assert Store.create(tmp_path / "store").exists("episodes")
+    (tmp_path / "other" / "tables" / "of another kind").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds other files and is no store"):
+        Store.create(tmp_path / "other")
