@@ -110,8 +110,8 @@ def test_interrupting_leaves_a_usable_run(store):
     while "train:" not in shown and time.monotonic() < deadline:
         shown = (shown + process.stderr.read(64))[-200:]
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, shown + err
     assert "interrupted after" in out
     db = offline_lm.connect(store)
     run_id, status = db.execute("SELECT run_id, status FROM runs ORDER BY started_at DESC LIMIT 1").fetchone() or (
