@@ -107,7 +107,7 @@ def test_interrupting_leaves_a_usable_run(store):
     )
     assert process.stderr is not None
     shown, deadline = "", time.monotonic() + 120
-    while "train:" not in shown and time.monotonic() < deadline:
+    while " v=" not in shown and time.monotonic() < deadline:  # losses are logged: updates are under way
         shown = (shown + process.stderr.read(64))[-200:]
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
