@@ -43,7 +43,8 @@ def medians(seen: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 def versions(*packages: str, **settings: Any) -> dict[str, Any]:
-    """Of Python, the machine's cores and ``packages``; and the settings that the figures hold for."""
+    """Of Python, the cores and ``packages``; and the settings that the figures hold for (``json`` is none)."""
+    settings.pop("json", None)
     found = {"python": platform.python_version(), "cores": os.cpu_count()}
     return {**found, **{name: version(name) for name in packages}, **settings}
 
@@ -65,7 +66,7 @@ def report(result: dict[str, Any], rows: list[dict[str, Any]], given: dict[str, 
     widths = [max(len(name), *(len(row[i]) for row in cells)) for i, name in enumerate(names)]
     for line in (names, *cells):
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-    print(f"\n{result['ratio']} times the peer, goal {result['goal']} ({result['unit']})")
+    print(f"\n{_cell(result['ratio'])} times the peer, goal {result['goal']} ({result['unit']})")
     print(" ".join(["python", os.path.relpath(script), *sys.argv[1:]]))
 
 

@@ -188,7 +188,7 @@ def main() -> None:
 
     ratio, ms = min(ratios.values(), key=lambda x: x[0])
     result = {
-        "ours": round(ms["ours"], 1), "peer": round(min(ms["packed apart"], ms["batch"]), 1), "ratio": round(ratio, 2),
+        "ours": ms["ours"], "peer": min(ms["packed apart"], ms["batch"]), "ratio": ratio,
         "goal": GOAL, "unit": f"CPU-ms for {k} actions of {action} tokens at a state of {length}",
         "versions": versions("torch", "transformers", threads=int(given["threads"]), width=int(given["width"])),
     }  # fmt: skip

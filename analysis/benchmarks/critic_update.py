@@ -288,7 +288,7 @@ def measure(given: dict[str, str]) -> tuple[dict[str, Any], list[dict[str, Any]]
         "ours": seconds.get("ours"), "peer": seconds.get("offline_archer"), "ratio": found["fp32"],
         "goal": GOALS["fp32"], "unit": "seconds an update" if device.type == "cuda" else "CPU-seconds an update",
         "ratios": found, "goals": GOALS,
-        "versions": _measure.versions("torch", "transformers", **{k: v for k, v in given.items() if k != "json"}),
+        "versions": _measure.versions("torch", "transformers", **given),
     }  # fmt: skip
     return result, table
 

@@ -162,10 +162,10 @@ def main(argv: list[str]) -> None:
         for name in wanted
     ]
     result = {
-        "ours": round(speed["ours"]), "peer": round(speed["peer"]), "ratio": round(speed["ours"] / speed["peer"], 2),
+        "ours": speed["ours"], "peer": speed["peer"], "ratio": speed["ours"] / speed["peer"],
         "goal": GOAL, "unit": "tokens/s", "floor": round(speed["floor"] / speed["ours"], 2), "floor_goal": 2.0,
         "best_batch": least,
-        "versions": _measure.versions("torch", "transformers", **{k: v for k, v in given.items() if k != "json"}),
+        "versions": _measure.versions("torch", "transformers", **given),
     }  # fmt: skip
     _measure.report(result, table, given, __file__)
 

@@ -228,7 +228,7 @@ def measure(names: list[str], sizes: dict[str, int], repeats: int, scratch: Path
     versions = _measure.versions("orjson", "pyarrow", "deltalake", "duckdb", load=os.getloadavg()[0], repeats=repeats)
     mine = speed.get("jsonl ours")
     peer = max((speed[f"jsonl {how}"] for how in ("duckdb", "nested")), default=None) if mine else None
-    ratio = round(mine / peer, 2) if mine and peer else None
+    ratio = mine / peer if mine and peer else None
     unit = "MB/s of jsonl"
     return {"ours": mine, "peer": peer, "ratio": ratio, "goal": GOAL, "unit": unit, "versions": versions}, table
 

@@ -131,11 +131,11 @@ def measure(given: dict[str, str]) -> tuple[dict[str, Any], list[dict[str, Any]]
             {
                 "of": what,
                 **{name: medians.get(name) for name in returns},
-                "ratio": round(medians["ours"] / medians["loop"], 1),
+                "ratio": medians["ours"] / medians["loop"],
             }
         )
     first = rows[0]
-    result = {"ours": round(first["ours"], 1), "peer": round(first["loop"], 1), "ratio": first["ratio"], "goal": GOAL}
+    result = {"ours": first["ours"], "peer": first["loop"], "ratio": first["ratio"], "goal": GOAL}
     versions = _measure.versions("torch", "numpy", "scipy", steps=n, dtype=given["dtype"], repeats=given["repeats"])
     return {**result, "unit": "M steps/s", "versions": versions}, rows
 

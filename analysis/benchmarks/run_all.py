@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from _measure import arguments
+
 HERE = Path(__file__).parent
 NAMES = ("critic_update", "heads", "embed", "candidates", "ingest", "sampling", "sql_score", "returns")
 BEGIN, END = "<!-- make bench writes from here -->", "<!-- to here -->"
@@ -63,12 +65,7 @@ def _number(x: float) -> str:
 
 
 def main(argv: list[str]) -> None:
-    given = {"readme": "", "names": ",".join(NAMES), "keep": ""}
-    for argument in argv:
-        key, _, value = argument.partition("=")
-        if key not in given:
-            raise SystemExit(f"no `{key}`; there are {', '.join(given)}")
-        given[key] = value
+    given = arguments(argv, readme="", names=",".join(NAMES), keep="")
     if unknown := set(given["names"].split(",")) - set(NAMES):
         raise SystemExit(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
     rows = {}

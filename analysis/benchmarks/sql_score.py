@@ -141,10 +141,10 @@ def main(argv: list[str]) -> None:
     ]  # fmt: skip
     ours, peer = speed["candidates q_value"], speed["candidates loop"]
     result = {
-        "ours": round(ours, 1), "peer": round(peer, 1), "ratio": round(ours / peer, 2), "goal": GOAL,
+        "ours": ours, "peer": peer, "ratio": ours / peer, "goal": GOAL,
         "unit": "rows/s", "of_bulk": {t: round(speed[f"{t} q_value"] / speed[f"{t} bulk"], 2) for t in work},
         "of_bulk_goal": GOAL_BULK,
-        "versions": _measure.versions("torch", "duckdb", **{k: v for k, v in given.items() if k != "json"}),
+        "versions": _measure.versions("torch", "duckdb", **given),
     }  # fmt: skip
     _measure.report(result, table, given, __file__)
 

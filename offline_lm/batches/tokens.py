@@ -190,7 +190,7 @@ def tokenized_parts(
     past: render.Past = render.Actions(history)
     episode = None
     empty = True
-    for chunk in _chunks(steps):
+    for chunk in chunks(steps, _CHUNK_STEPS, _CHUNK_TEXT):
         empty = False
         ids = encode(tokenizer, (text for row in chunk for text in _texts(row, past_text, context)))
         part = _Part(kind)
@@ -339,14 +339,15 @@ def encode(tokenizer: Any, texts: Iterable[str], *, special: bool = False) -> di
     return dict(zip(distinct, (encoding.ids for encoding in found), strict=True))
 
 
-def _chunks(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    chunk: list[dict[str, Any]] = []
+def chunks(steps: Iterable[dict[str, Any]], most: int, characters: int) -> Iterator[list[dict[str, Any]]]:
+    """Consecutive steps: at most `most`, and none behind `characters` of what was seen."""
+    part: list[dict[str, Any]] = []
     held = 0
-    for row in rows:
-        chunk.append(row)
-        held += len(row["observation"] or row["messages"] or "")
-        if len(chunk) == _CHUNK_STEPS or held > _CHUNK_TEXT:
-            yield chunk
-            chunk, held = [], 0
-    if chunk:
-        yield chunk
+    for step in steps:
+        part.append(step)
+        held += len(step["observation"] or "") + len(step["messages"] or "")
+        if len(part) == most or held >= characters:
+            yield part
+            part, held = [], 0
+    if part:
+        yield part

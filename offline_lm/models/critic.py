@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from offline_lm.batches.pack import pack, state_rows
-from offline_lm.batches.tokens import tokenize
+from offline_lm.batches.tokens import chunks, tokenize
 from offline_lm.errors import UserError
 from offline_lm.models import backbone
 from offline_lm.models.devices import row_tokens
@@ -91,7 +91,7 @@ class Critic:
         """
         numbered = (_row(state, number, self._shown) for number, state in enumerate(states))
         done = 0
-        for part in _chunks(numbered, chunk):
+        for part in chunks(numbered, chunk, _CHARACTERS):
             for number, score in enumerate(self._score(part, token_budget), done):
                 if score is None:
                     limit = self.config["max_tokens"]
@@ -180,20 +180,6 @@ def find_run(run: str, store_url: str) -> Path:
             return folder
     problem = f"has no critic in {folders[0]}" if folders and folders[0].is_dir() else f"is gone: no folder {recorded}"
     raise UserError(f"run {run_id} ({status}) {problem}; restore it, train again, or name another run or its folder")
-
-
-def _chunks(steps: Iterable[dict[str, Any]], most: int) -> Iterator[list[dict[str, Any]]]:
-    """Consecutive steps: at most `most`, and none behind `_CHARACTERS` of what was seen."""
-    part: list[dict[str, Any]] = []
-    held = 0
-    for step in steps:
-        part.append(step)
-        held += len(step["observation"] or "") + len(step["messages"] or "")
-        if len(part) == most or held >= _CHARACTERS:
-            yield part
-            part, held = [], 0
-    if part:
-        yield part
 
 
 def _distinct(steps: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[tuple[int, slice]]]:

@@ -17,7 +17,8 @@ import signal
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,17 @@ def filesystem(url: str) -> fs.FileSystem:
     if "://" in url:
         return fs.PyFileSystem(DeltaStorageHandler(url))
     return fs.SubTreeFileSystem(url, fs.LocalFileSystem())
+
+
+@contextmanager
+def opened(url: str, name: str) -> Iterator[pq.ParquetFile]:
+    """A Parquet file below `url`, to be read with `use_threads=False`, in the calling thread alone.
+
+    One of pyarrow's own threads that still lets go of a file written in Python (that of an object store) while Python
+    ends aborts the process.
+    """
+    with filesystem(url).open_input_file(name) as stream, pq.ParquetFile(stream, pre_buffer=False) as parquet:
+        yield parquet
 
 
 def write_file(table: str, url: str, batches: Iterable[pa.RecordBatch], *, data_change: bool = True) -> AddAction:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.transaction import RemoveAction
 
@@ -101,12 +100,7 @@ def _group(files: list[_File], target: int) -> list[_File]:
 def _batches(store: Store, table: str, name: str) -> Iterator[pa.RecordBatch]:
     """Row groups of a file with every column of the table: those that an older version lacked are null."""
     kind = schema.TABLES[table]
-    # In this thread alone, as in `Store.read_file`: one of pyarrow's own that still lets go of the file while Python
-    # ends aborts the process.
-    with (
-        commits.filesystem(store.table_url(table)).open_input_file(name) as stream,
-        pq.ParquetFile(stream, pre_buffer=False) as file,
-    ):
+    with commits.opened(store.table_url(table), name) as file:
         for group in range(file.num_row_groups):
             rows = file.read_row_group(group, use_threads=False)
             full = [

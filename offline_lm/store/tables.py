@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from deltalake import DeltaTable, Schema
 from deltalake.exceptions import DeltaError
 from pyarrow import fs
@@ -178,12 +177,7 @@ class Store:
 
     def read_file(self, table: str, file: str, columns: list[str]) -> pa.Table:
         """Columns of one of the `files` of ``table``; those that it lacks, being older, are absent."""
-        # In this thread alone: one of pyarrow's own that still lets go of a file written in Python (that of an object
-        # store) while Python ends aborts the process.
-        with (
-            commits.filesystem(self.table_url(table)).open_input_file(file.rsplit("/", 1)[1]) as stream,
-            pq.ParquetFile(stream, pre_buffer=False) as parquet,
-        ):
+        with commits.opened(self.table_url(table), file.rsplit("/", 1)[1]) as parquet:
             return parquet.read([name for name in columns if name in parquet.schema_arrow.names], use_threads=False)
 
     def _uris(self, table: str, delta: DeltaTable) -> list[str]:
