@@ -1,29 +1,18 @@
-"""``python -m offline_lm.evaluate``: critics held against exact truth."""
+"""``python -m offline_lm.evaluate``: critics judged. Each suite stands in a file of its own, `_evaluate_*`."""
 
 from __future__ import annotations
 
-import json
-import math
-import subprocess
-import sys
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-import orjson
-import yaml
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 
-from offline_lm import cli
-from offline_lm.envs.shop import Site, Task, record
+from offline_lm import _evaluate_truth, cli
 from offline_lm.errors import UserError
-from offline_lm.models.critic import Critic
-from offline_lm.ope import truth
-from offline_lm.store import Store
 
-_SHOWN = ("kendall", "hit", "spearman_v", "spearman_v_pooled", "gap_recovered", "behaviour", "greedy", "optimum")
+SUITES: dict[str, Callable[[DictConfig], dict[str, Any]]] = {
+    "shop": _evaluate_truth.run,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,86 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
-    if cfg.suite != "shop":
-        raise UserError(f"suite={cfg.suite}: there is shop")
-    if cfg.runs is not None:
-        store = Store.open(cfg.store)
-        names = list(cfg.runs) if isinstance(cfg.runs, ListConfig) else [cfg.runs]
-        return _report([judge(store, store.resolve_run(name)) for name in names])
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(cfg.workdir or temporary).absolute()
-        return _report([row for seed in cfg.seeds for row in _fresh(cfg, folder, seed)])
-
-
-def _fresh(cfg: DictConfig, folder: Path, seed: int) -> list[dict[str, Any]]:
-    """Record the logs of one site, and fit and judge each algorithm on them. Logs made before are used again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    log, url = folder / f"shop{seed}.jsonl", folder / f"store{seed}"
-    if not log.exists():
-        site = Site.draw(seed)
-        lines = [orjson.dumps(e) for e in record([Task(site, i) for i in range(cfg.tasks)], cfg.episodes, seed)]
-        log.write_bytes(b"\n".join(lines) + b"\n")
-    _command("ingest", "source=jsonl", f"path={log}", f"store={url}")
-    rows = []
-    for algo in cfg.algos:
-        done = _command(
-            "fit", f"algo={algo}", f"data.store={url}", f"seed={seed}", "baselines=false", *cfg.overrides.split()
-        )
-        rows.append({**judge(Store.open(url), done["run_id"]), "seconds": done["seconds"]})
-        print(_line(rows[-1]), flush=True)
-    return rows
-
-
-def judge(store: Store, run_id: str) -> dict[str, Any]:
-    """Exact-truth scores of one run on the tasks that it held out; they go to the table `diagnostics` as well."""
-    with store.connect() as db:
-        (config, algo, seed, run_dir) = db.execute(
-            "SELECT config, algo, seed, run_dir FROM runs WHERE run_id = ?", [run_id]
-        ).fetchone() or (None, None, None, None)
-        held_out = db.execute(
-            "SELECT DISTINCT task_id FROM run_values WHERE run_id = ? AND split = 'held_out' AND benchmark = 'shop'",
-            [run_id],
-        ).fetchall()
-    if config is None or run_dir is None or not held_out:
-        raise UserError(f"run {run_id} holds out no task of the shop (benchmark 'shop'): suite=shop cannot judge it")
-    named = sorted(task_id.removeprefix("shop").split("/") for (task_id,) in held_out)
-    tasks = [Task(Site.draw(int(site)), int(number)) for site, number in named]
-    settings = yaml.safe_load(config)["algo"]
-    critic = Critic.from_pretrained(run_dir)
-    if not critic.config["has_q"]:
-        raise UserError(f"run {run_id} ({algo}) has no Q: suite=shop judges the order of actions")
-    scores = truth.shop(critic, tasks, gamma=settings["gamma"], tau=settings.get("tau"))
-    row = {"run_id": run_id, "suite": "shop", "split": "held_out", "group": algo, "n": len(tasks)}
-    values = {name: None if math.isnan(value) else value for name, value in scores.items()}
-    store.append("diagnostics", [{**row, "name": name, "value": value} for name, value in values.items()])
-    return {"run_id": run_id, "algo": algo, "seed": seed, "tasks": len(tasks), **scores}
-
-
-def _command(name: str, *arguments: str) -> dict[str, Any]:
-    """Another command of ours in a process of its own; what it prints goes to stderr, its JSON object comes back."""
-    command = [sys.executable, "-m", f"offline_lm.{name}", *arguments, "json=true"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"`{' '.join(command[1:])}` exited with {done.returncode}; its message stands above")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def _report(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The table, and per algorithm the mean and the standard deviation over runs."""
-    print("  ".join([f"{'run':34}", *(f"{name:>17}" for name in _SHOWN)]))
-    for row in rows:
-        print(_line(row))
-    out: dict[str, Any] = {"runs": rows}
-    for algo in dict.fromkeys(row["algo"] for row in rows):
-        own = [row for row in rows if row["algo"] == algo]
-        out[algo] = {name: float(np.mean([row[name] for row in own])) for name in _SHOWN}
-        out[algo] |= {f"{name}_std": float(np.std([row[name] for row in own])) for name in _SHOWN}
-        print(_line({"run_id": f"{algo}: mean of {len(own)}", **out[algo]}))
-    return out
-
-
-def _line(row: dict[str, Any]) -> str:
-    return "  ".join([f"{row['run_id']:34}", *(f"{row[name]:17.3f}" for name in _SHOWN)])
+    if cfg.suite not in SUITES:
+        raise UserError(f"suite={cfg.suite}: there are {', '.join(SUITES)}")
+    return SUITES[cfg.suite](cfg)
 
 
 if __name__ == "__main__":
