@@ -1,4 +1,4 @@
-"""Suite `shop` of `evaluate`: critics held against exact truth."""
+"""Suites `shop` and `office` of `evaluate`: critics held against the exact values of a text site."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import yaml
 from omegaconf import DictConfig, ListConfig
 
 from offline_lm._evaluate_commands import command
-from offline_lm.envs.shop import Site, Task, record
+from offline_lm.envs import office, shop
 from offline_lm.errors import UserError
 from offline_lm.models.critic import Critic
 from offline_lm.ope import truth
 from offline_lm.store import Store
 
+_SITES = {site.BENCHMARK: site for site in (shop, office)}
 _SHOWN = ("kendall", "hit", "spearman_v", "spearman_v_pooled", "gap_recovered", "behaviour", "greedy", "optimum")
 
 
@@ -27,7 +28,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if cfg.runs is not None:
         store = Store.open(cfg.store)
         names = list(cfg.runs) if isinstance(cfg.runs, ListConfig) else [cfg.runs]
-        return _report([judge(store, store.resolve_run(name)) for name in names])
+        return _report([judge(store, store.resolve_run(name), cfg.suite) for name in names])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(cfg.workdir or temporary).absolute()
         return _report([row for seed in cfg.seeds for row in _fresh(cfg, folder, seed)])
@@ -36,10 +37,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 def _fresh(cfg: DictConfig, folder: Path, seed: int) -> list[dict[str, Any]]:
     """Record the logs of one site, and fit and judge each algorithm on them. Logs made before are used again."""
     folder.mkdir(parents=True, exist_ok=True)
-    log, url = folder / f"shop{seed}.jsonl", folder / f"store{seed}"
+    log, url = folder / f"{cfg.suite}{seed}.jsonl", folder / f"{cfg.suite}{seed}.store"
     if not log.exists():
-        site = Site.draw(seed)
-        lines = [orjson.dumps(e) for e in record([Task(site, i) for i in range(cfg.tasks)], cfg.episodes, seed)]
+        site = _SITES[cfg.suite]
+        words = site.Site.draw(seed)
+        tasks = (site.Task(words, i) for i in range(cfg.tasks))
+        lines = [orjson.dumps(e) for e in site.record(tasks, cfg.episodes, seed)]
         log.write_bytes(b"\n".join(lines) + b"\n")
     command("ingest", "source=jsonl", f"path={log}", f"store={url}")
     rows = []
@@ -47,31 +50,32 @@ def _fresh(cfg: DictConfig, folder: Path, seed: int) -> list[dict[str, Any]]:
         done = command(
             "fit", f"algo={algo}", f"data.store={url}", f"seed={seed}", "baselines=false", *cfg.overrides.split()
         )
-        rows.append({**judge(Store.open(url), done["run_id"]), "seconds": done["seconds"]})
+        rows.append({**judge(Store.open(url), done["run_id"], cfg.suite), "seconds": done["seconds"]})
         print(_line(rows[-1]), flush=True)
     return rows
 
 
-def judge(store: Store, run_id: str) -> dict[str, Any]:
-    """Exact-truth scores of one run on the tasks that it held out; they go to the table `diagnostics` as well."""
+def judge(store: Store, run_id: str, suite: str) -> dict[str, Any]:
+    """Exact-truth scores of one run on the tasks of the suite's sites that it held out; also in table `diagnostics`."""
     with store.connect() as db:
         (config, algo, seed, run_dir) = db.execute(
             "SELECT config, algo, seed, run_dir FROM runs WHERE run_id = ?", [run_id]
         ).fetchone() or (None, None, None, None)
         held_out = db.execute(
-            "SELECT DISTINCT task_id FROM run_values WHERE run_id = ? AND split = 'held_out' AND benchmark = 'shop'",
-            [run_id],
+            "SELECT DISTINCT task_id FROM run_values WHERE run_id = ? AND split = 'held_out' AND benchmark = ?",
+            [run_id, suite],
         ).fetchall()
     if config is None or run_dir is None or not held_out:
-        raise UserError(f"run {run_id} holds out no task of the shop (benchmark 'shop'): suite=shop cannot judge it")
-    named = sorted(task_id.removeprefix("shop").split("/") for (task_id,) in held_out)
-    tasks = [Task(Site.draw(int(site)), int(number)) for site, number in named]
+        raise UserError(f"run {run_id} holds out no task of benchmark '{suite}': suite={suite} cannot judge it")
+    named = sorted(task_id.removeprefix(suite).split("/") for (task_id,) in held_out)
+    site = _SITES[suite]
+    tasks = [site.Task(site.Site.draw(int(words)), int(number)).mdp for words, number in named]
     settings = yaml.safe_load(config)["algo"]
     critic = Critic.from_pretrained(run_dir)
     if not critic.config["has_q"]:
-        raise UserError(f"run {run_id} ({algo}) has no Q: suite=shop judges the order of actions")
-    scores = truth.shop(critic, tasks, gamma=settings["gamma"], tau=settings.get("tau"))
-    row = {"run_id": run_id, "suite": "shop", "split": "held_out", "group": algo, "n": len(tasks)}
+        raise UserError(f"run {run_id} ({algo}) has no Q: suite={suite} judges the order of actions")
+    scores = truth.exact(critic, tasks, gamma=settings["gamma"], tau=settings.get("tau"))
+    row = {"run_id": run_id, "suite": suite, "split": "held_out", "group": algo, "n": len(tasks)}
     values = {name: None if math.isnan(value) else value for name, value in scores.items()}
     store.append("diagnostics", [{**row, "name": name, "value": value} for name, value in values.items()])
     return {"run_id": run_id, "algo": algo, "seed": seed, "tasks": len(tasks), **scores}

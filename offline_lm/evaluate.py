@@ -7,11 +7,14 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from offline_lm import _evaluate_truth, cli
+from offline_lm import _evaluate_probe, _evaluate_real, _evaluate_truth, cli
 from offline_lm.errors import UserError
 
 SUITES: dict[str, Callable[[DictConfig], dict[str, Any]]] = {
     "shop": _evaluate_truth.run,
+    "real": _evaluate_real.run,
+    "probe": _evaluate_probe.run,
+    "office": _evaluate_truth.run,
 }
 
 

@@ -1,4 +1,4 @@
-"""Where conf/ and analysis/ are: inside the package in a wheel, beside it in a checkout."""
+"""Where conf/ and analysis/ are: inside the package in a wheel, beside it in a checkout. And the shipped reader."""
 
 from pathlib import Path
 
@@ -12,3 +12,4 @@ def _folder(name: str) -> Path:
 
 CONF = _folder("conf")
 ANALYSIS = _folder("analysis")
+READER = _PACKAGE / "reader"

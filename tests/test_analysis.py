@@ -96,13 +96,14 @@ def test_the_header_names_the_columns_and_the_parameters(store, name):
         assert db.extract_statements(sql)[0].named_parameters == set(query.declared(sql))
 
 
-def test_all_six_questions_are_there():
+def test_all_seven_questions_are_there():
     assert QUESTIONS == [
         "best_candidates.sql",
         "by_task.sql",
         "calibration.sql",
         "decisive_steps.sql",
         "log_quality.sql",
+        "mid_episode_auc.sql",
         "where_value_was_lost.sql",
     ]
 

@@ -32,6 +32,9 @@ class Frame:
     end: str
 
 
+MARKS = ("URL", "Error", "Page", "Did", "Goal", "Action")
+"""The words that open the parts of a prompt."""
+
 _HOLE = "\u241eprompt\u241e"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.activations import NewGELUActivation
 
+from offline_lm.batches import render
 from offline_lm.batches.pack import Layout
 from offline_lm.errors import UserError
 from offline_lm.models.attention import NAME
+from offline_lm.models.circuits import start_heads
 
-END = "<|end|>"
+START, END = "<|start|>", "<|end|>"
 
 
 def load(path: str, dtype: str = "auto") -> tuple[Any, Any]:
@@ -61,7 +64,7 @@ def tiny(
     heads: int = 4,
     seed: int = 0,
 ) -> tuple[Any, PreTrainedTokenizerFast]:
-    """A small Llama and its tokenizer, from the user's own texts; weights random but for `start_heads`."""
+    """A small Llama and its tokenizer, from these texts; weights random but for `circuits.start_heads`."""
     tokenizer = train_tokenizer(texts, vocab_size)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -74,16 +77,16 @@ def tiny(
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
         attention_bias=True,  # what `start_heads` sets
-        bos_token_id=None,
+        bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=None,
         attn_implementation=NAME,  # pyright: ignore
     )
+    marks = {tokenizer(word, add_special_tokens=False).input_ids[0] for word in render.MARKS}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-        _scale_embeddings(model)
-        start_heads(model)
+        start_heads(model, tokenizer.convert_tokens_to_ids(START), sorted(marks))
     return model, tokenizer
 
 
@@ -92,7 +95,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
     Usual BPE glues the space to the word behind it, so that "red" at the start of a line, in `click[red mug]` and
     in running text are unrelated ids, and a model must learn that they match. Here words, digits and runs of
-    punctuation with the space behind them are apart; every text still decodes exactly.
+    punctuation with the space behind them are apart; every text still decodes exactly. The words that open the parts
+    of a prompt are one token each.
     """
     tokenizer = Tokenizer(token_models.BPE())
     pieces = Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+ ?|\s+")
@@ -103,49 +107,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, min_frequency=2, show_progress=False
+        vocab_size=vocab_size, special_tokens=[START, END], initial_alphabet=alphabet, min_frequency=2,
+        show_progress=False,
+    )  # fmt: skip
+    often = " ".join(render.MARKS * 10_000)
+    tokenizer.train_from_iterator(chain([often], texts), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=START, eos_token=END, clean_up_tokenization_spaces=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, clean_up_tokenization_spaces=False)
-
-
-@torch.no_grad()
-def start_heads(model: LlamaForCausalLM) -> None:
-    """Give every layer's heads a purpose to start from: half "the same token elsewhere", half "what was just said".
-
-    To judge an action a critic compares words of goal, page and action, and at the action's end it must still know
-    the action. Random weights take millions of tokens to find either out; weights that begin there are trained on like
-    any other.
-
-    - Same token: W_q = W_k with orthonormal rows, so that attention begins near the identity (mimetic initialisation,
-      Trockman & Kolter 2023).
-    - Just said: equal biases of query and key on some rotary pairs make the score sum_i cos(theta_i * distance),
-      which is greatest at distance 0 and fades over 3 tokens (fast pairs) or 12 (slower ones).
-    """
-    layer: Any
-    for layer in model.model.layers:
-        attention = layer.self_attn
-        d, n = attention.head_dim, attention.q_proj.out_features // attention.head_dim
-        for bias in (attention.q_proj.bias, attention.k_proj.bias, attention.v_proj.bias, attention.o_proj.bias):
-            bias.zero_()
-        for head in range(n):
-            at = slice(head * d, (head + 1) * d)
-            if head < n // 2:
-                rows = nn.init.orthogonal_(torch.empty(d, attention.q_proj.in_features))
-                attention.q_proj.weight[at] = rows
-                attention.k_proj.weight[at] = rows
-            else:
-                first = 0 if head % 2 else d // 16
-                pairs = slice(head * d + first, head * d + first + 3)
-                attention.q_proj.bias[pairs] = 3.0
-                attention.k_proj.bias[pairs] = 3.0
-
-
-@torch.no_grad()
-def _scale_embeddings(model: LlamaForCausalLM) -> None:
-    """Embeddings of size 1, so that the first layers still tell tokens apart; logits stay of size 1 all the same."""
-    nn.init.normal_(model.model.embed_tokens.weight)
-    model.model.norm.weight.fill_(model.config.hidden_size**-0.5)
 
 
 def hidden_states(model: Any, tokens: Tensor, layout: Layout) -> Tensor:

@@ -1,4 +1,4 @@
-"""A critic held against the exact values of the shop: order of actions, V, and the policy that its Q would choose."""
+"""A critic held against the exact values of a text site: order of actions, V, and the policy that Q would choose."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from scipy.stats import spearmanr
 
-from offline_lm.envs.shop import Task
+from offline_lm.envs.exact import TextMDP
 from offline_lm.ope.diagnostics import kendall
 
 Array = np.ndarray
@@ -20,7 +20,7 @@ class Scorer(Protocol):
     def score(self, states: Any) -> Any: ...
 
 
-def shop(critic: Scorer, tasks: Sequence[Task], *, gamma: float, tau: float | None) -> dict[str, float]:
+def exact(critic: Scorer, tasks: Sequence[TextMDP], *, gamma: float, tau: float | None) -> dict[str, float]:
     """Exact-truth scores over *all* states of tasks that the critic has not seen, states weighted by the logs' visits.
 
     Args:
@@ -65,11 +65,11 @@ def shop(critic: Scorer, tasks: Sequence[Task], *, gamma: float, tau: float | No
     return out
 
 
-def _score(critic: Scorer, task: Task) -> tuple[Array, Array]:
+def _score(critic: Scorer, task: TextMDP) -> tuple[Array, Array]:
     """V [S] and Q [S, A] of the critic for every state, reached by a shortest path; NaN where no action is."""
     states = [
-        {"goal": task.goal, "observation": task.page(s), "history": path, "candidates": task.actions[s]}
-        for s, path in enumerate(task.paths)
+        {"goal": task.goal, "observation": page, "history": path, "candidates": actions}
+        for page, path, actions in zip(task.pages, task.paths, task.actions, strict=True)
     ]
     v, q = np.zeros(len(states)), np.full(task.next.shape, np.nan)
     for s, score in enumerate(critic.score(states)):

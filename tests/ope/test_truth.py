@@ -8,9 +8,9 @@ import orjson
 import pytest
 import yaml
 
-from offline_lm.envs.shop import Site, Task, record
+from offline_lm.envs import office, shop
 from offline_lm.logs import jsonl
-from offline_lm.ope.truth import shop
+from offline_lm.ope.truth import exact
 from offline_lm.paths import CONF
 from offline_lm.types import Episode
 
@@ -18,9 +18,10 @@ GAMMA, TAU = 0.95, 0.8
 SAMPLE = CONF.parent / "datasets" / "shop"
 
 
-@pytest.fixture(scope="module")
-def tasks():
-    return [Task(Site.draw(0), n) for n in (100, 101, 102)]
+@pytest.fixture(scope="module", params=[shop, office], ids=["shop", "office"])
+def tasks(request):
+    site = request.param
+    return [site.Task(site.Site.draw(0), n).mdp for n in (100, 101, 102)]
 
 
 class Oracle:
@@ -35,7 +36,7 @@ class Oracle:
             for s, valid in enumerate(task.valid):
                 scores = sign * q[s, valid] if constant is None else np.full(valid.sum(), constant)
                 score = SimpleNamespace(v=float(sign * v[s]), q=scores.tolist())
-                known.append((task.page(s), task.actions[s], score))
+                known.append((task.pages[s], task.actions[s], score))
 
     def score(self, states):
         (goal,) = {state["goal"] for state in states}
@@ -46,7 +47,7 @@ class Oracle:
 
 @pytest.mark.parametrize("tau", [TAU, None])
 def test_a_perfect_critic_scores_one(tasks, tau):
-    scores = shop(Oracle(tasks, tau=tau), tasks, gamma=GAMMA, tau=tau)
+    scores = exact(Oracle(tasks, tau=tau), tasks, gamma=GAMMA, tau=tau)
     for name in ("kendall", "hit", "spearman_v", "spearman_v_pooled", "gap_recovered"):
         assert scores[name] == pytest.approx(1.0), name
     assert scores["greedy"] == pytest.approx(scores["optimum"]) == 1.0
@@ -55,12 +56,12 @@ def test_a_perfect_critic_scores_one(tasks, tau):
 
 def test_v_is_held_against_the_value_that_it_estimates(tasks):
     """V of the behaviour is not the expectile's fixed point: each is judged by its own."""
-    scores = shop(Oracle(tasks, tau=None), tasks, gamma=GAMMA, tau=TAU)
+    scores = exact(Oracle(tasks, tau=None), tasks, gamma=GAMMA, tau=TAU)
     assert 0.5 < scores["spearman_v"] < 0.9999
 
 
 def test_a_reversed_critic_scores_minus_one(tasks):
-    scores = shop(Oracle(tasks, sign=-1.0), tasks, gamma=GAMMA, tau=TAU)
+    scores = exact(Oracle(tasks, sign=-1.0), tasks, gamma=GAMMA, tau=TAU)
     for name in ("kendall", "spearman_v", "spearman_v_pooled"):
         assert scores[name] == pytest.approx(-1.0), name
     assert scores["hit"] < 0.1
@@ -70,7 +71,7 @@ def test_a_reversed_critic_scores_minus_one(tasks):
 
 
 def test_a_critic_that_cannot_tell_actions_apart_orders_none(tasks):
-    scores = shop(Oracle(tasks, constant=0.5), tasks, gamma=GAMMA, tau=TAU)
+    scores = exact(Oracle(tasks, constant=0.5), tasks, gamma=GAMMA, tau=TAU)
     assert scores["kendall"] == 0.0
     assert 0 < scores["hit"] < 1
 
@@ -81,8 +82,8 @@ def recipe():
 
 
 def test_the_sample_is_what_its_recipe_gives(recipe):
-    tasks = [Task(Site.draw(recipe["site_seed"]), n) for n in range(recipe["tasks"])]
-    made = record(tasks, recipe["episodes_per_task"], recipe["seed"])
+    tasks = [shop.Task(shop.Site.draw(recipe["site_seed"]), n) for n in range(recipe["tasks"])]
+    made = shop.record(tasks, recipe["episodes_per_task"], recipe["seed"])
     with gzip.open(SAMPLE / recipe["file"]) as lines:
         for line, episode in zip(lines, made, strict=True):
             logged, episode = orjson.loads(line), orjson.loads(orjson.dumps(episode))
