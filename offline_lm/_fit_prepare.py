@@ -32,7 +32,8 @@ def prepare(
     """Backbone, tokenizer and tokens; a represented backbone stays in the store's cache for other algorithms."""
     model_cfg = cli.plain(cfg.model)
     built = {k: v for k, v in model_cfg.items() if k not in _NOT_BUILT}
-    folder = store.cache_dir / "backbones" / features.key(built, _selection(cfg, store), cfg.data.held_out, cfg.seed)
+    selected = [_selection(cfg, store), cfg.data.held_out, cfg.seed]
+    folder = store.cache_dir / "backbones" / features.key(built, _weights(cfg.model.path), *selected)
     if cfg.model.path is not None and not cfg.model.stage.tokens:
         model, tokenizer = backbone.load(cfg.model.path, cfg.model.dtype)
     elif (folder / "done").exists():
@@ -129,9 +130,9 @@ def keep_backbone(cfg: DictConfig, model: Any, tokenizer: Any, folder: Path) -> 
 
 
 def kept_outside(cfg: DictConfig) -> str | None:
-    """`model.path`, where the backbone is still what lies there."""
-    unchanged = cfg.model.path is not None and cfg.model.train == "heads" and not cfg.model.stage.tokens
-    return cfg.model.path if unchanged else None
+    """`model.path`, where the backbone is still what lies there; the shipped one is copied, for the next may differ."""
+    outside = cfg.model.path not in (None, "reader")
+    return cfg.model.path if outside and cfg.model.train == "heads" and not cfg.model.stage.tokens else None
 
 
 def described(setting: Setting) -> dict[str, Any]:
@@ -144,6 +145,12 @@ def described(setting: Setting) -> dict[str, Any]:
         "dtype": cfg.model.dtype,
         "has_q": setting.algo.trains_q,
     }
+
+
+def _weights(path: str | None) -> list[Any]:
+    """What tells the weights of a folder from those that lay there before; nothing of a hub name."""
+    files = sorted(Path(backbone.located(path)).glob("*.safetensors")) if path is not None else []
+    return [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
 
 
 def _selection(cfg: DictConfig, store: Store) -> list[Any]:

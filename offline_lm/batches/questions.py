@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 
 import numpy as np
 import torch
@@ -95,19 +96,20 @@ def draw(
 
 
 class _Goals:
-    """Pages asked about goals: their own, and those of other training episodes, half of them much like it."""
+    """Pages asked about goals: their own, that with a word of another, and those of other training episodes, half of
+    them much like it."""
 
     def __init__(self, tokens: Tokens, replay: Replay, rows: Array) -> None:
         self.tokens, self.episode = tokens, replay.episode_of
         # by text, not by task: tasks may share a goal, and the runs of one task may each have their own
-        unique: dict[bytes, int] = {}
+        self.unique: dict[bytes, int] = {}
         self.texts: list[Array] = []
         self.own = np.full(len(replay.tasks), -1)
         for e, n in enumerate(replay.offsets[:-1]):
             if not replay.held_out[e] and tokens.goal_ptr[n, 1] > 0:
                 text = tokens.prompt(n)[slice(*tokens.goal_ptr[n])]
-                self.own[e] = unique.setdefault(text.tobytes(), len(unique))
-                if len(unique) > len(self.texts):
+                self.own[e] = self.unique.setdefault(text.tobytes(), len(self.unique))
+                if len(self.unique) > len(self.texts):
                     self.texts.append(text)
         self.sets = [set(text.tolist()) for text in self.texts]
         self.alike: dict[int, Array] = {}
@@ -126,18 +128,26 @@ class _Goals:
         acted = bool(rng.random() < 0.5)
         if acted:
             tail.append(self.tokens.response(self.tokens.branch_ptr[n]))
-        return n, prompt[:start], [np.concatenate([goal, *tail]) for goal in self.around(n, k, rng)], acted
+        page = prompt[:start]
+        return n, page, [np.concatenate([goal, *tail]) for goal in self.around(n, page, k, rng)], acted
 
-    def around(self, n: int, k: int, rng: np.random.Generator) -> list[Array]:
+    def around(self, n: int, page: Array, k: int, rng: np.random.Generator) -> list[Array]:
         """k goals: that of row n first, then others, none twice (fewer in a small set)."""
         own = int(self.own[self.episode[n]])
         if own not in self.alike:
             self.alike[own] = self._alike(own)
-        alike = self.alike[own]
-        others = {own: None, **dict.fromkeys(rng.choice(alike, min(k // 2, len(alike)), replace=False).tolist())}
-        while len(others) < min(k, len(self.texts)):
-            others.setdefault(int(rng.integers(len(self.texts))), None)
-        return [self.texts[i] for i in others]
+        alike = rng.permutation(self.alike[own]).tolist()
+        n_others = min(k, len(self.texts)) - 1
+        edits = (edited(self.texts[own], self.texts[i], page) for i in alike if n_others > 1)
+        edit = next((goal for goal in edits if goal is not None), None)
+        n_others -= edit is not None
+        taken = {own} if edit is None else {own, self.unique.get(edit.tobytes())}
+        others = dict.fromkeys([i for i in alike if i not in taken][: min(k // 2, n_others)])
+        while len(others) < n_others:
+            i = int(rng.integers(len(self.texts)))
+            if i not in taken:
+                others.setdefault(i, None)
+        return [self.texts[own], *([] if edit is None else [edit]), *(self.texts[i] for i in others)]
 
     def _alike(self, i: int, k: int = 8, sample: int = 256) -> Array:
         """The k goals that share most tokens with goal i, among at most `sample`."""
@@ -145,6 +155,20 @@ class _Goals:
         pool = pool[pool != i]
         shared = [len(self.sets[i] & self.sets[j]) / len(self.sets[i] | self.sets[j]) for j in pool]
         return pool[np.argsort(shared)[::-1][:k]]
+
+
+def edited(goal: Array, other: Array, page: Array) -> Array | None:
+    """`goal` with one stretch of its tokens as in `other`, so that it names what the page does not show; or None.
+
+    What is replaced stands on the page and what replaces it does not, all of it: two wordings of one wish ("buy",
+    "order") are left alone, since neither is what the page shows.
+    """
+    shown = set(page.tolist())
+    a, b = goal.tolist(), other.tolist()
+    for tag, i, j, k, m in SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        if tag == "replace" and shown.issuperset(a[i:j]) and not shown.intersection(b[k:m]):
+            return np.array([*a[:i], *b[k:m], *a[j:]], goal.dtype)
+    return None
 
 
 class _Row:

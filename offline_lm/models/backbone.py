@@ -19,20 +19,24 @@ from offline_lm.batches.pack import Layout
 from offline_lm.errors import UserError
 from offline_lm.models.attention import NAME
 from offline_lm.models.circuits import start_heads
+from offline_lm.paths import READER
 
 START, END = "<|start|>", "<|end|>"
 
 
 def load(path: str, dtype: str = "auto") -> tuple[Any, Any]:
-    """Model and tokenizer from a folder or hub name: safetensors only, never code from the model's repository.
+    """Model and tokenizer from a folder or hub name, or the shipped `reader`.
+
+    Safetensors only, and never code from the model's repository.
 
     Raises:
         UserError: nothing loadable there, no fast tokenizer, or an architecture that cannot be packed.
     """
+    source = located(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=False, use_safetensors=True, attn_implementation=NAME
+            source, dtype=dtype, trust_remote_code=False, use_safetensors=True, attn_implementation=NAME
         )
     except (OSError, ValueError) as e:
         reason = str(e).strip().splitlines()[0]
@@ -45,6 +49,11 @@ def load(path: str, dtype: str = "auto") -> tuple[Any, Any]:
     fuse_gelu(model)
     check_packing(model)
     return model, tokenizer
+
+
+def located(path: str) -> str:
+    """The folder or hub name that `model.path` means."""
+    return str(READER) if path == "reader" else path
 
 
 def fuse_gelu(model: nn.Module) -> None:

@@ -25,7 +25,7 @@ from offline_lm.batches.tokens import encode
 from offline_lm.models.backbone import hidden_states
 from offline_lm.reading.scenes import Scene, scenes
 
-WEIGHTS = {"grade": 0.3, "said": 0.5}
+WEIGHTS = {"grade": 0.3, "said": 0.1}
 """Of the parts of the loss; the others count 1."""
 
 
@@ -167,14 +167,19 @@ def loss(model: Any, judge: Judge, sheet: Sheet) -> tuple[dict[str, Tensor], Ten
     logits, grades = judge.right(branches)[:, 0], judge.grade(branches)[:, 0]
     known = ~grade.isnan()
     parts = {
-        "right": binary_cross_entropy_with_logits(logits, right),
+        "right": _cross_entropy(logits, right),
         "choice": choice_loss(logits, right, question, len(sheet.met)),
-        "met": binary_cross_entropy_with_logits(fits, met),
+        "met": _cross_entropy(fits, met),
         "which": choice_loss(fits, met, sheet.scene[asked].to(device), len(sheet.layout.trunks)),
-        "grade": WEIGHTS["grade"] * binary_cross_entropy_with_logits(grades[known], grade[known]),
+        "grade": WEIGHTS["grade"] * _cross_entropy(grades[known], grade[known]),
         "said": WEIGHTS["said"] * cross_entropy(model.lm_head(hidden[said[:, 0]]), said[:, 1]),
     }
     return parts, logits.detach()
+
+
+def _cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Mean over what is asked; 0 if a short row asks nothing of the kind."""
+    return binary_cross_entropy_with_logits(logits, wanted) if len(wanted) else logits.sum()
 
 
 def choice_loss(logits: Tensor, right: Tensor, question: Tensor, n: int) -> Tensor:
@@ -218,18 +223,18 @@ def train(
     lr: float,
     seed: int,
     at: Path,
-    on_step: Callable[[float, dict[str, float], Iterable[tuple[str, bool]]], None],
-    keep_every: int = 250,
+    on_step: Callable[[int, int, dict[str, float], Iterable[tuple[str, bool]]], None],
 ) -> Judge:
     """Train in place; every update's gradient is the mean over two rows, one a thread.
 
     Args:
         tokens: of all updates together, about.
         batch_tokens: of an update.
-        easy: share of the updates in which the share of simple pages falls from all to a twentieth.
-        at: file in which the state is kept, and from which training goes on if it is there.
-        on_step: called after each update with the share done, the loss's parts, and each question's skill and whether
-            it was answered right.
+        easy: share of the updates in which the share of simple pages falls from all to a tenth.
+        at: file in which the state is kept after every hundredth, and from which training goes on if it is there, to
+            the same weights bit for bit.
+        on_step: called after each update with how many are done, of how many, the loss's parts, and each question's
+            skill and whether it was answered right.
 
     Raises:
         FloatingPointError: the loss or a gradient is not finite.
@@ -241,7 +246,7 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     begin, n = 0, max(1, tokens // batch_tokens)
     if at.exists():
-        state = torch.load(at, weights_only=True)
+        state = torch.load(at, map_location=model.device, weights_only=True)
         model.load_state_dict(state["model"])
         judge.load_state_dict(state["judge"])
         optimizer.load_state_dict(state["optimizer"])
@@ -249,7 +254,7 @@ def train(
     model.train()
 
     def work(number: int) -> tuple[Sheet, dict[str, Tensor], Tensor, tuple[Tensor, ...]]:
-        simple = max(0.05, 1 - number / 2 / n / easy)
+        simple = max(0.1, 1 - number / 2 / n / easy)
         row = sheet(tokenizer, seed, number, easy=simple, tokens=batch_tokens // 2)
         parts, logits = loss(model, judge, row)
         total = torch.stack(list(parts.values())).sum()
@@ -264,12 +269,13 @@ def train(
             first, second = threads.map(work, (2 * update, 2 * update + 1))
             for parameter, a, b in zip(parameters, first[3], second[3], strict=True):
                 parameter.grad = (a + b) / 2
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
+            if not torch.nn.utils.clip_grad_norm_(parameters, 1.0).isfinite():
+                raise FloatingPointError(f"the gradient of update {update} is not finite: lower lr")
             optimizer.step()
             parts = {name: (first[1][name].item() + second[1][name].item()) / 2 for name in first[1]}
             answered = [(s, ok) for row, _, logits, _ in (first, second) for s, ok in chosen(logits, row)]
-            on_step((update + 1) / n, parts, answered)
-            if (update + 1) % keep_every == 0:
+            on_step(update + 1, n, parts, answered)
+            if 100 * (update + 1) // n > 100 * update // n:
                 state = {"model": model.state_dict(), "judge": judge.state_dict(), "updates": update + 1}
                 torch.save({**state, "optimizer": optimizer.state_dict()}, at.with_suffix(".new"))
                 at.with_suffix(".new").replace(at)

@@ -63,7 +63,7 @@ def scenes(seed: int | str, *, easy: float = 0.0) -> Iterator[Scene]:
     rng = Random(seed)
     while True:
         if simple := rng.random() < easy:
-            kind = rng.choice((listing, menu, trail))
+            kind = rng.choices((listing, detail, form, menu, trail), (4, 2, 1, 2, 1))[0]
         else:
             kind = rng.choices((listing, detail, form, menu, trail), (9, 5, 3, 2, 2))[0]
         scene = kind(World(rng, simple=simple), rng, float(simple))
@@ -77,7 +77,7 @@ def scenes(seed: int | str, *, easy: float = 0.0) -> Iterator[Scene]:
 
 def listing(world: World, rng: Random, easy: float) -> Scene:
     """Several things, one under the other or in a table: which is meant, what is said of it, how many are there?"""
-    most = 3 if rng.random() < easy else rng.choice((4, 5, 6, 8, 10))
+    most = 3 if rng.random() < easy else rng.choice((3, 4, 4, 5, 6, 8, 10))
     things = world.things(rng.randint(2, most))
     elements, links = _listed(world, things, rng)
     ways_on = [Element(LINK, world.style.cased(world.back))]

@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from offline_lm.batches.questions import draw
+from offline_lm.batches.questions import draw, edited
 from offline_lm.batches.tokens import tokenize
 
 
@@ -203,6 +203,37 @@ def test_the_runs_of_one_task_may_have_goals_of_their_own(shop):
             own = contexts[prompts[owner[asked[0]]]]
             assert any(branches[asked[0]][: len(g)] == g for g in own)
             assert len({branches[b] for b in asked}) == 4
+
+
+def test_an_edited_goal_names_what_the_page_does_not_show():
+    buy, order, a, red, blue, green, mug, lamp = range(8)
+    page = np.array([red, mug, buy, 9, lamp], np.uint16)
+    goal = np.array([buy, a, red, mug], np.uint16)
+    assert edited(goal, np.array([buy, a, blue, mug]), page).tolist() == [buy, a, blue, mug]
+    assert edited(goal, np.array([buy, a, blue, lamp]), page) is None  # one stretch, and the page shows a lamp
+    assert edited(goal, np.array([order, a, green, mug]), page).tolist() == [order, a, red, mug]
+    away = page[page != buy]  # another wording: the page shows neither verb
+    assert edited(goal, np.array([order, a, green, mug]), away).tolist() == [buy, a, green, mug]
+    assert edited(goal, goal, page) is None
+    assert edited(goal, np.array([blue, green]), away) is None
+
+
+def test_pages_are_asked_about_their_goal_with_another_word(shop):
+    """Some of the goals asked about are no training goal: one of their words is another's."""
+    rows = [dict(row) for row in shop.rows]
+    words = sorted({word for row in rows for word in row["goal"].split()})
+    for row, e in zip(rows, shop.replay.episode_of, strict=True):  # many goals, alike
+        row["goal"] = f"{row['goal']} or a {words[e % len(words)]}"
+    tokens = tokenize(rows, shop.tokenizer, max_tokens=400, history=2)
+    goals = {goal_of(tokens, n) for n in training_rows(shop)}
+    edits = asked = 0
+    for batch in drawn(shop, 6, tokens=tokens, goals_per_page=4, goals_first=10**9):
+        _, branches, _ = pieces(batch)
+        for own, *others in batch.goals.tolist():
+            asked += 1
+            assert any(branches[own][: len(g)] == g for g in goals)
+            edits += any(all(branches[b][: len(g)] != g for g in goals) for b in others)
+    assert 0 < edits <= asked
 
 
 def test_logs_with_a_single_goal_have_no_goal_questions(shop):
