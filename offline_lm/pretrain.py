@@ -28,8 +28,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def pretrain(cfg: DictConfig) -> dict[str, Any]:
     folder, device = checked(cfg)
-    if device.type == "cpu":
-        torch.set_num_threads(1)  # the two rows of an update have a thread each
     model, tokenizer = backbone.tiny(
         pretraining.texts(cfg.seed, 4000), vocab_size=cfg.vocab_size, width=cfg.width, layers=cfg.layers,
         heads=cfg.heads, seed=cfg.seed,

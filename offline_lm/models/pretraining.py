@@ -8,7 +8,6 @@ action is right; and it writes the right action token by token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -225,7 +224,7 @@ def train(
     at: Path,
     on_step: Callable[[int, int, dict[str, float], Iterable[tuple[str, bool]]], None],
 ) -> Judge:
-    """Train in place; every update's gradient is the mean over two rows, one a thread.
+    """Train in place, a row an update.
 
     Args:
         tokens: of all updates together, about.
@@ -253,30 +252,22 @@ def train(
         begin = state["updates"]
     model.train()
 
-    def work(number: int) -> tuple[Sheet, dict[str, Tensor], Tensor, tuple[Tensor, ...]]:
-        simple = max(0.1, 1 - number / 2 / n / easy)
-        row = sheet(tokenizer, seed, number, easy=simple, tokens=batch_tokens // 2)
+    for update in range(begin, n):
+        done = update / n
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, 50 * done + 0.01, 1.02 - done)
+        row = sheet(tokenizer, seed, update, easy=max(0.1, 1 - done / easy), tokens=batch_tokens)
         parts, logits = loss(model, judge, row)
         total = torch.stack(list(parts.values())).sum()
         if not total.isfinite():
-            raise FloatingPointError(f"the loss of row {number} is {total.item()}: lower lr")
-        return row, parts, logits, torch.autograd.grad(total, parameters)
-
-    with ThreadPoolExecutor(2) as threads:
-        for update in range(begin, n):
-            done = update / n
-            optimizer.param_groups[0]["lr"] = lr * min(1.0, 50 * done + 0.01, 1.02 - done)
-            first, second = threads.map(work, (2 * update, 2 * update + 1))
-            for parameter, a, b in zip(parameters, first[3], second[3], strict=True):
-                parameter.grad = (a + b) / 2
-            if not torch.nn.utils.clip_grad_norm_(parameters, 1.0).isfinite():
-                raise FloatingPointError(f"the gradient of update {update} is not finite: lower lr")
-            optimizer.step()
-            parts = {name: (first[1][name].item() + second[1][name].item()) / 2 for name in first[1]}
-            answered = [(s, ok) for row, _, logits, _ in (first, second) for s, ok in chosen(logits, row)]
-            on_step(update + 1, n, parts, answered)
-            if 100 * (update + 1) // n > 100 * update // n:
-                state = {"model": model.state_dict(), "judge": judge.state_dict(), "updates": update + 1}
-                torch.save({**state, "optimizer": optimizer.state_dict()}, at.with_suffix(".new"))
-                at.with_suffix(".new").replace(at)
+            raise FloatingPointError(f"the loss of update {update} is {total.item()}: lower lr")
+        optimizer.zero_grad()
+        total.backward()
+        if not torch.nn.utils.clip_grad_norm_(parameters, 1.0).isfinite():
+            raise FloatingPointError(f"the gradient of update {update} is not finite: lower lr")
+        optimizer.step()
+        on_step(update + 1, n, {name: part.item() for name, part in parts.items()}, chosen(logits, row))
+        if 100 * (update + 1) // n > 100 * update // n:
+            state = {"model": model.state_dict(), "judge": judge.state_dict(), "updates": update + 1}
+            torch.save({**state, "optimizer": optimizer.state_dict()}, at.with_suffix(".new"))
+            at.with_suffix(".new").replace(at)
     return judge

@@ -269,8 +269,11 @@ def test_token_batches_are_whole_episodes_within_a_budget_of_packed_tokens(shop)
     size = {}
     for e in np.flatnonzero(~replay.held_out).tolist():
         rows = np.arange(replay.offsets[e], replay.offsets[e + 1])
-        ids, _ = pack(tokens, rows, [[tokens.branch_ptr[n]] if tokens.acted[n] else [] for n in rows])
-        size[e] = len(ids)
+        responses = [[tokens.branch_ptr[n]] if tokens.acted[n] else [] for n in rows]
+        prompts, _ = pack(tokens, rows, [[] for _ in rows])
+        size[e] = len(prompts) + sum(len(tokens.response(a)) for several in responses for a in several)
+        ids, _ = pack(tokens, rows, responses)
+        assert len(ids) <= size[e]  # fewer where an episode repeats state and action
     budget = int(np.quantile(list(size.values()), 0.8)) * 2
     batches = token_batches(replay, tokens, budget, seed=0)
     seen, fill = [], []

@@ -126,7 +126,7 @@ def test_the_end_of_turn_is_the_last_token_of_every_response(tokenizer):
 
 def test_a_special_token_that_a_text_spells_out_is_plain_text(tokenizer):
     """A page that quotes `<|im_end|>` must not end the turn; only the frame's own markers are special."""
-    special = tokenizer.all_special_tokens
+    special, frame = tokenizer.all_special_tokens, render.frame(tokenizer)
     spelt = " ".join(["quote", *special, "end"])
     plain = {name: "quote end" for name in ("goal", "observation", "url", "observation_error")}
     loud = {name: spelt for name in plain}
@@ -137,10 +137,10 @@ def test_a_special_token_that_a_text_spells_out_is_plain_text(tokenizer):
         return np.isin(ids, tokenizer.all_special_ids).sum()
 
     assert count(tokens.prompt(1)) == count(tokens.prompt(2)) == count(tokens.prompt(0))  # its past has them too
-    assert (count(tokens.prompt(0)) > 0) == (tokenizer.chat_template is not None)
+    assert count(tokens.prompt(0)) == sum((frame.before + frame.after).count(s) for s in special)
     for a, text in ((1, spelt), (2, "other " + spelt)):
         assert count(tokens.response(a)) == 1
-        assert tokenizer.decode(tokens.response(a)) == text + render.frame(tokenizer).end
+        assert tokenizer.decode(tokens.response(a)) == text + frame.end
     assert spelt in tokenizer.decode(tokens.prompt(2))
     assert tokenizer.convert_tokens_to_ids(special) == [tokenizer(s)["input_ids"][0] for s in special]  # left as it was
 
@@ -246,7 +246,7 @@ def test_the_page_that_is_read_does_not_depend_on_what_is_on_offer(tiny):
 
 def test_history_is_the_newest_actions_of_this_episode(tiny):
     rows = [row("e", action=a) for a in ("one", "two", "three")] + [row("f", action="four"), row("f")]
-    prompts = [tiny.decode(tokenize(rows, tiny, history=2).prompt(n)) for n in range(5)]
+    prompts = [tiny.decode(tokenize(rows, tiny, history=2).prompt(n)[1:]) for n in range(5)]  # behind <|start|>
     shown = [[line.removeprefix("Did: ") for line in p.splitlines() if line.startswith("Did: ")] for p in prompts]
     assert shown == [[], ["one"], ["one", "two"], [], ["four"]]
     assert "Did:" not in tiny.decode(tokenize(rows, tiny, history=0).prompt(2))

@@ -28,7 +28,11 @@ def step(t, episode="e", *, page=12, action: str | None = "", **columns):
 
 
 def shown(tokens, n, tokenizer):
-    return tokenizer.decode(tokens.prompt(n))
+    """The prompt behind the token that begins it."""
+    start, text = render.frame(tokenizer).before, tokenizer.decode(tokens.prompt(n))
+    assert text.count(start) == 1
+    assert text.startswith(start)
+    return text.removeprefix(start)
 
 
 def turns(steps, tokenizer, max_tokens=10_000):

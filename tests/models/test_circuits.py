@@ -11,6 +11,9 @@ from offline_lm.models import backbone
 START = 0
 SHARP = 0.5
 """Of a head's attention, in the mean over tokens; chance would be under 0.02."""
+WIDTH = 32
+TURNING = [a for i in range(0, WIDTH, 2) if (a := 1e6 ** (-i / WIDTH)) >= 0.02]
+"""Width of a head, and the angles by which rotary positions turn its pairs, as far as one notices within a line."""
 
 
 def made(heads=5, width=160, layers=2, seed=0, texts=("a red mug",) * 4):
@@ -73,11 +76,6 @@ def by_cosines(size, angles, distance, n):
     """What biases alone make of the distances 0..n-1: the softmax of size^2 sum_i cos(a_i (t - distance)) / sqrt(d)."""
     scores = [size**2 * sum(math.cos(a * (t - distance)) for a in angles) / WIDTH**0.5 for t in range(n)]
     return torch.tensor(scores).softmax(0)
-
-
-WIDTH = 32
-TURNING = [a for i in range(0, WIDTH, 2) if (a := 1e6 ** (-i / WIDTH)) >= 0.02]
-"""Width of a head, and the angles by which rotary positions turn its pairs, as far as one notices within a line."""
 
 
 @pytest.mark.parametrize(("head", "distance"), [(2, 1), (4, 2)])

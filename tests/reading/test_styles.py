@@ -87,7 +87,8 @@ def test_one_element_in_each_look():
     by_look = {
         "axtree": ["  [a0] link 'dark vimp', clickable", "[a0] textbox 'tolm' value='grue'",
                    "[a0] checkbox 'brill', checked='true'"],
-        "aria": ['  - link "dark vimp" [ref=a0]', '- textbox "tolm" [ref=a0]: grue', '- checkbox "brill" [checked] [ref=a0]'],
+        "aria": ['  - link "dark vimp" [ref=a0]', '- textbox "tolm" [ref=a0]: grue',
+                 '- checkbox "brill" [checked] [ref=a0]'],
         "html": ["<a id='a0'>dark vimp</a>", "<input id='a0' name='tolm' value='grue'>",
                  "<input type=checkbox id='a0' checked>brill"],
         "plain": ["[dark vimp]", "[tolm]: grue", "(x) brill"],
