@@ -73,8 +73,12 @@ def checked(cfg: DictConfig) -> torch.device:
             value = OmegaConf.select(cfg, key, default=absent)
             if value is not absent and not holds(value):
                 raise UserError(f"{key}={value}: {wanted} is wanted")
-    if cfg.model.path is None and cfg.model.width % (2 * cfg.model.attention_heads):
-        raise UserError(f"model.width={cfg.model.width}: a multiple of twice model.attention_heads is wanted")
+    if cfg.model.path is None:
+        width, heads = cfg.model.width, cfg.model.attention_heads
+        if width % (2 * heads) or width < 4 * heads:
+            raise UserError(
+                f"model.width={width}: a multiple of twice model.attention_heads is wanted, 4 a head at least"
+            )
     if cfg.run_dir is not None:
         try:
             Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)

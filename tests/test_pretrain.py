@@ -30,6 +30,7 @@ def few_texts(monkeypatch):
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     """A folder, and what was printed."""
+    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("pretrain") / "reader"
     with pytest.MonkeyPatch.context() as patch:
         texts, printed = pretraining.texts, []

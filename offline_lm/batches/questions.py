@@ -161,11 +161,11 @@ def edited(goal: Array, other: Array, page: Array) -> Array | None:
     """`goal` with one stretch of its tokens as in `other`, so that it names what the page does not show; or None.
 
     What is replaced stands on the page and what replaces it does not, all of it: two wordings of one wish ("buy",
-    "order") are left alone, since neither is what the page shows.
+    "order") are left alone where the page shows neither. The last such stretch: what is wanted stands behind the verb.
     """
     shown = set(page.tolist())
     a, b = goal.tolist(), other.tolist()
-    for tag, i, j, k, m in SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+    for tag, i, j, k, m in reversed(SequenceMatcher(None, a, b, autojunk=False).get_opcodes()):
         if tag == "replace" and shown.issuperset(a[i:j]) and not shown.intersection(b[k:m]):
             return np.array([*a[:i], *b[k:m], *a[j:]], goal.dtype)
     return None

@@ -103,7 +103,7 @@ def _listed(world: World, things: Sequence[Thing], rng: Random) -> tuple[list[El
         Element(HEADING, style.cased(rng.choice((word(rng), "Results", f"Results for {world.kinds[0]}", "List"))))
     ]
     layout = rng.choice(("title", "title", "lines", "row"))
-    if layout == "row" and rng.random() < 0.7:
+    if layout == "row" and (world.named or len(world.scales) > 1 or rng.random() < 0.7):
         elements += [Element(CELL, style.cased(name)) for name in ("name", *fields)]
     for thing in things:
         values = {**thing.words, **{f: world.scales[f].written(x) for f, x in thing.numbers.items()}}
@@ -131,7 +131,7 @@ def _pick(world: World, things: Sequence[Thing], press: list[str], on: str, off:
     meant = rng.choice(things)
     if rng.random() < 0.35:
         meant = world.missed(meant)
-    wishes = world.wishes(meant, [*things, meant])
+    wishes = world.wishes(meant, things)
     phrase = world.described(meant.kind, wishes)
     if meant.name and not any(w.before or w.behind for w in wishes):
         phrase = meant.name
@@ -179,9 +179,10 @@ def _look_up(world: World, things: Sequence[Thing], press: list[str], on: str, o
     )
     goal = rng.choice(_ASK).format(f=name, x=whom)
     acts = [Act(tell(v), v == values[i]) for v in dict.fromkeys(values)]
-    if len(acts) < 3 and name in world.scales:
-        wrong = world.scales[name].written(world.scales[name].draw(rng))
-        acts += [Act(tell(wrong), False)] if wrong not in values else []
+    if len(acts) < 3:
+        scale = world.scales.get(name)
+        more = [scale.written(scale.draw(rng)) for _ in range(3)] if scale else world.words[name]
+        acts += [Act(tell(v), False) for v in more if v not in values]
     return Question("look_up", goal, math.nan, _some(acts, rng))
 
 
@@ -272,7 +273,7 @@ def form(world: World, rng: Random, easy: float) -> Scene:
     names = words(rng, n) if rng.random() < 0.5 else rng.sample(
         ("name", "email", "city", "date", "title", "subject", "phone", "address", "message", "from", "to", "comment"), n
     )  # fmt: skip
-    held = {name: rng.choice(("", " ".join(words(rng, rng.choice((1, 1, 2)))))) for name in names}
+    held = {name: "" if rng.random() < 0.3 else " ".join(words(rng, rng.choice((1, 1, 2)))) for name in names}
     boxes = {name: rng.random() < 0.5 for name in words(rng, rng.choice((0, 0, 1, 2)))}
     fields = {name: Element(rng.choice((FIELD, FIELD, MENU)), style.cased(name), value) for name, value in held.items()}
     ticks = {name: Element(BOX, style.cased(name), on=on) for name, on in boxes.items()}
@@ -280,10 +281,11 @@ def form(world: World, rng: Random, easy: float) -> Scene:
     page = style.write(_with_filler([*fields.values(), *ticks.values(), submit, back], rng, easy), rng)
     out = []
     for _ in range(4):
+        kept = 1.0 if rng.random() < 0.4 else 0.6  # at times all is as it should be, where no field is empty
         wanted = {
-            f: v if v and rng.random() < 0.7 else " ".join(words(rng, rng.choice((1, 1, 2)))) for f, v in held.items()
+            f: v if v and rng.random() < kept else " ".join(words(rng, rng.choice((1, 1, 2)))) for f, v in held.items()
         }
-        set_to = {b: on if rng.random() < 0.6 else not on for b, on in boxes.items()}
+        set_to = {b: on if rng.random() < kept else not on for b, on in boxes.items()}
         said = [rng.choice((f"{f}: {v}", f"{f} {v}", f'"{v}" as {f}', f"{v} for {f}")) for f, v in wanted.items()]
         said += [
             rng.choice((f"{'tick' if on else 'untick'} {b}", f"{b} {'on' if on else 'off'}"))
@@ -311,18 +313,22 @@ def menu(world: World, rng: Random, easy: float) -> Scene:
     """Sections to choose from and a field to search in: where does the way to the goal begin?"""
     style = world.style
     sections = words(rng, rng.randint(2, 3 if rng.random() < easy else 8))
-    links = [Element(LINK, style.cased(" ".join([s, *([word(rng)] if rng.random() < 0.2 else [])]))) for s in sections]
+    links = [Element(LINK, style.cased(s)) for s in sections]
+    held = {s: words(rng, rng.choice((0, 1, 2))) for s in sections}
     search = Element(FIELD, rng.choice(("Search", "Find", "Query", "search")))
-    page = style.write(_with_filler(rng.sample([search, *links], len(links) + 1), rng, easy), rng)
+    shown: list[Element] = [search] if rng.random() < 0.5 else []
+    for section, link in zip(sections, links, strict=True):
+        shown += [link, *(Element(TEXT, style.cased(item), depth=1) for item in held[section])]
+    page = style.write(_with_filler(shown if search in shown else [*shown, search], rng, easy), rng)
     out = []
     for _ in range(4):
         known = rng.random() < 0.65
-        noun = rng.choice(sections) if known else word(rng)
+        section = rng.choice(sections) if known else ""
+        noun = rng.choice([section, *held[section] * 2]) if known else word(rng)
         about = rng.choice((noun, f"{word(rng)} {noun}", f"{noun} {word(rng)}", f"{noun} with {word(rng)} {word(rng)}"))
-        acts = [Act(style.press(e), known and s == noun) for s, e in zip(sections, links, strict=True)]
-        acts += [Act(style.enter(search, noun), not known), Act(style.enter(search, word(rng)), False)]
-        if known:  # a search for it would do as well
-            acts = [a for a in acts if a.text != style.enter(search, noun)]
+        acts = [Act(style.press(e), s == section) for s, e in zip(sections, links, strict=True)]
+        # where the section is known, a search would do as well: it is not asked about
+        acts += [Act(style.enter(search, word(rng)), False), *([] if known else [Act(style.enter(search, noun), True)])]
         out.append(Question("menu", rng.choice(_WANT).format(about), float(known), _some(acts, rng)))
     return Scene(page, [], out)
 
@@ -342,7 +348,8 @@ def trail(world: World, rng: Random, easy: float) -> Scene:
     submit, back = Element(BUTTON, style.cased(world.submit)), Element(LINK, style.cased(world.back))
     page = style.write(_with_filler(rng.sample([submit, back], 2), rng, easy), rng)
     out = []
-    for j in dict.fromkeys([i, *rng.sample(range(len(things)), len(things))]):
+    others = [j for j in range(len(things)) if j != i]
+    for j in [i, *rng.sample(others, min(len(others), rng.choice((1, 1, 2))))]:
         goal = rng.choice(_WANT).format(things[j].title)
         acts = [Act(style.press(submit), j == i, float(j == i)), Act(style.press(back), j != i, float(j != i))]
         out.append(Question("trail", goal, float(j == i), acts))
@@ -358,11 +365,11 @@ def _some(acts: Sequence[Act], rng: Random, most: int = 4, keep: int = 0) -> lis
     wrong = [a for a in acts[keep:] if not a.right]
     rng.shuffle(wrong)
     near = sorted(wrong, key=lambda a: 0.0 if math.isnan(a.grade) else -a.grade)
-    kept = [a for a in acts[:keep] if not a.right]
+    first = [a for a in acts[:keep] if not a.right]
     chosen = {
-        a.text: a for a in [*rng.sample(right, min(len(right), 1 + (rng.random() < 0.2))), *kept, *near[:2], *wrong]
+        a.text: a for a in [*rng.sample(right, min(len(right), 1 + (rng.random() < 0.2))), *first, *near[:2], *wrong]
     }
-    return list(chosen.values())[:most]
+    return rng.sample(kept := list(chosen.values())[:most], len(kept))
 
 
 def _put(elements: list[Element], more: list[Element], rng: Random) -> None:

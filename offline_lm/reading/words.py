@@ -51,7 +51,7 @@ class Scale:
         low, high: of the numbers drawn, both included.
         form: how a number is written.
         least, most: superlatives.
-        below, above: comparatives that go before a value, strict.
+        below, above: comparatives that go before a value, strict; up_to, at_least: those that include it.
     """
 
     low: int
@@ -61,6 +61,8 @@ class Scale:
     most: tuple[str, ...]
     below: tuple[str, ...]
     above: tuple[str, ...]
+    up_to: tuple[str, ...] = ("at most", "no more than", "up to", "a maximum of")
+    at_least: tuple[str, ...] = ("at least", "no less than", "a minimum of")
 
     def written(self, x: int) -> str:
         match self.form:
@@ -85,8 +87,8 @@ _CHEAP = ("cheapest", "lowest-priced", "least expensive"), ("most expensive", "d
 _COST = ("under", "below", "for less than", "cheaper than"), ("over", "above", "for more than")
 _SMALL = ("smallest", "lowest", "fewest"), ("largest", "highest", "most")
 _LESS = ("under", "below", "less than", "fewer than"), ("over", "above", "more than")
-_EARLY = ("earliest", "first", "oldest"), ("latest", "newest", "most recent")
-_BEFORE = ("before", "earlier than"), ("after", "later than")
+_EARLY = ("earliest", "oldest"), ("latest", "newest", "most recent")
+_BEFORE = ("before", "earlier than"), ("after", "later than"), ("by", "until", "not after"), ("from", "not before")
 
 
 def scales(rng: Random) -> dict[str, Scale]:

@@ -62,6 +62,8 @@ class World:
         measured = list(scales(rng).items())
         self.scales: dict[str, Scale] = {} if simple else dict(rng.sample(measured, rng.choice((1, 1, 2))))
         self.named = not simple and rng.random() < 0.25
+        if self.named:  # a name says nothing of the kind: there is one alone
+            self.kinds = self.kinds[:1]
         self.submit, self.back, self.next = rng.choice(_SUBMIT), rng.choice(_BACK), rng.choice(_NEXT)
 
     def thing(self) -> Thing:
@@ -99,16 +101,18 @@ class World:
         if thing.name and rng.random() < 0.5:
             return [Wish(lambda t: t.name == thing.name, behind=f"called {thing.name}" if rng.random() < 0.5 else "")]
         fields = rng.sample(list(self.words), rng.randint(0 if self.scales else 1, len(self.words)))
-        wishes = [self._word(f, thing.words[f]) for f in fields]
+        wishes = [self._word(f, thing.words[f], among) for f in fields]
         if self.scales and (rng.random() < 0.35 or not wishes):
-            field = rng.choice(list(self.scales))
-            wishes.append(self._number(field, thing, among, [w for w in wishes]))
+            rest = [t for t in among if t.kind == thing.kind and all(w.holds(t) for w in wishes)]
+            wishes.append(self._number(rng.choice(list(self.scales)), thing, rest))
         return wishes
 
-    def _word(self, field: str, value: str) -> Wish:
+    def _word(self, field: str, value: str, among: Sequence[Thing]) -> Wish:
         rng = self.rng
         if rng.random() < 0.15:
-            other = rng.choice([v for v in self.words[field] if v != value])
+            others = [v for v in self.words[field] if v != value]
+            shown = [v for v in others if any(t.words[field] == v for t in among)]  # these a negation rules out
+            other = rng.choice(shown or others)
             said = rng.choice(("not {}", "that is not {}", "but not {}", "other than {}", "without {}")).format(other)
             return Wish(lambda t: t.words[field] != other, behind=said)
         if rng.random() < 0.6:
@@ -117,41 +121,38 @@ class World:
                            f"({value})", f"of {field} {value}", f"that is {value}", value))  # fmt: skip
         return Wish(lambda t: t.words[field] == value, behind=said)
 
-    def _number(self, field: str, thing: Thing, among: Sequence[Thing], given: list[Wish]) -> Wish:
+    def _number(self, field: str, thing: Thing, rest: Sequence[Thing]) -> Wish:
+        """A condition on a number of `thing`, which rules out some of `rest`, what fits but for it, if it can."""
         rng, scale = self.rng, self.scales[field]
-        x = thing.numbers[field]
-        rest = [t.numbers[field] for t in among if all(w.holds(t) for w in given)]
-        if len(rest) > 1 and rng.random() < 0.5:
-            if x == min(rest):
-                return self._extreme(field, min, rng.choice(scale.least), given, among)
-            if x == max(rest):
-                return self._extreme(field, max, rng.choice(scale.most), given, among)
-        gap = max(1, (scale.high - scale.low) // rng.choice((4, 10, 30)))
+        x, others = thing.numbers[field], [t.numbers[field] for t in rest]
+        if len(others) > 1 and rng.random() < 0.5 and x in (min(others), max(others)):
+            said = rng.choice(scale.least if x == min(others) else scale.most)
+            if len(self.scales) > 1:
+                return Wish(lambda t: t.numbers[field] == x, behind=f"with the {said} {field}")
+            return Wish(lambda t: t.numbers[field] == x, before=said)
         if rng.random() < 0.2:
             return Wish(lambda t: t.numbers[field] == x, behind=f"with {field} {scale.written(x)}")
-        if rng.random() < 0.5:
-            limit = min(x + rng.randint(1, gap), scale.high + 1)
-            said = f"{rng.choice(scale.below)} {scale.written(limit)}"
-            return Wish(lambda t: t.numbers[field] < limit, behind=self._of(field, said))
-        limit = max(x - rng.randint(1, gap), 0)
-        said = f"{rng.choice(scale.above)} {scale.written(limit)}"
-        return Wish(lambda t: t.numbers[field] > limit, behind=self._of(field, said))
-
-    def _of(self, field: str, said: str) -> str:
-        """A comparison says of what where there are two fields of numbers, and often where there is one."""
-        return said if len(self.scales) == 1 and self.rng.random() < 0.5 else f"with {field} {said}"
-
-    def _extreme(
-        self, field: str, pick: Callable[[list[int]], int], said: str, given: list[Wish], among: Sequence[Thing]
-    ) -> Wish:
-        best = pick([t.numbers[field] for t in among if all(w.holds(t) for w in given)])
-        if len(self.scales) > 1:
-            return Wish(lambda t: t.numbers[field] == best, behind=f"with the {said} {field}")
-        return Wish(lambda t: t.numbers[field] == best, before=said)
+        above, below = [y for y in others if y > x], [y for y in others if y < x]
+        upper = rng.random() < 0.5 if bool(above) == bool(below) else bool(above)
+        included = rng.random() < 0.5
+        gap = max(1, (scale.high - scale.low) // rng.choice((4, 10, 30)))
+        if upper:
+            most = min(min(above, default=x + gap), scale.high + 1)
+            limit = rng.randint(x if included else min(x + 1, most), max(x, most - included))
+            holds = (lambda t: t.numbers[field] <= limit) if included else (lambda t: t.numbers[field] < limit)
+            said = rng.choice(scale.up_to if included else scale.below)
+        else:
+            least = max(max(below, default=x - gap), scale.low - 1, 0)
+            limit = rng.randint(min(x, least + included), x if included else max(x - 1, least))
+            holds = (lambda t: t.numbers[field] >= limit) if included else (lambda t: t.numbers[field] > limit)
+            said = rng.choice(scale.at_least if included else scale.above)
+        said = f"{said} {scale.written(limit)}"
+        # a comparison says of what where there are two fields of numbers, and often where there is one
+        return Wish(holds, behind=said if len(self.scales) == 1 and rng.random() < 0.5 else f"with {field} {said}")
 
     def missed(self, thing: Thing) -> Thing:
         """A thing like `thing` but for one word or number."""
-        change = self.rng.choice([*self.words, "kind", *self.scales])
+        change = self.rng.choice([*self.words, *self.scales, *([] if self.named else ["kind"])])
         other, kept, numbers = self.thing(), dict(thing.words), dict(thing.numbers)
         if change in kept:
             kept[change] = self.rng.choice([v for v in self.words[change] if v != thing.words[change]])

@@ -24,6 +24,7 @@ def made(heads=5, width=160, layers=2, seed=0, texts=("a red mug",) * 4):
 @pytest.fixture(scope="module")
 def reader():
     """Heads of the shipped size: in the first layer `same`, `region`, `before`, `recent`, `second before`."""
+    torch.set_num_threads(1)
     model, tokenizer = made()
     model.set_attn_implementation("eager")
     return model, tokenizer
