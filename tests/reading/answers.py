@@ -5,8 +5,11 @@ depend on the style.
 """
 
 import json
+import operator
 import re
+from collections.abc import Callable
 from datetime import date
+from typing import NamedTuple
 
 from offline_lm.reading.scenes import _PLACES, _WANT
 from offline_lm.reading.styles import Style
@@ -18,13 +21,16 @@ STYLE = Style(
 )  # fmt: skip
 MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
 VALUE = rf"(\d{{4}}-\d\d-\d\d|\d+ (?:{'|'.join(MONTHS)})|\d\d:\d\d|\$?\d+(?:\.\d+)?(?: (?:EUR|kg|min|seats))?)"
-BELOW = "for less than|cheaper than|less than|fewer than|earlier than|under|below|before"
-ABOVE = "for more than|more than|later than|over|above|after"
-LEAST = "lowest-priced|least expensive|cheapest|smallest|lowest|fewest|earliest|first|oldest"
+LIMITS = (  # those that include their value first: "more than" stands in "no more than"
+    (operator.le, "at most|no more than|up to|a maximum of|by|until|not after"),
+    (operator.ge, "at least|no less than|a minimum of|from|not before"),
+    (operator.lt, "for less than|cheaper than|less than|fewer than|earlier than|under|below|before"),
+    (operator.gt, "for more than|more than|later than|over|above|after"),
+)
+LEAST = "lowest-priced|least expensive|cheapest|smallest|lowest|fewest|earliest|oldest"
 MOST = "highest-priced|most expensive|most recent|dearest|largest|highest|most|latest|newest"
-NUMBERS = (  # fields of numbers; "": a comparison that does not say of what
-    *"price cost fare fee date day departure due updated rating score amount length weight stock size votes".split(),
-    "",
+NUMBERS = (  # fields of numbers
+    "price cost fare fee date day departure due updated rating score amount length weight stock size votes".split()
 )
 
 
@@ -81,9 +87,9 @@ def number(text):
 
 
 def said_of(facts, field):
-    """What is said of a field; one that the page does not name can be told only where it is the only number."""
+    """What is said of a field; one that the page or the goal (None) does not name is the only number."""
     found = [value for name, value in facts if name == field]
-    if not found and field in NUMBERS:
+    if not found and (field in NUMBERS or field is None):
         found = [value for name, value in facts if re.fullmatch(VALUE, value) and not (name and field)]
     if len(found) != 1:
         raise UnreadableError
@@ -102,58 +108,92 @@ def wanted(goal, templates=_WANT):
     raise AssertionError(goal)
 
 
-def conditions(phrase):
-    """Words that must stand there, words that must not, tests of numbers by field ("": the only one), superlatives."""
-    words, without, tests, best = [], [], [], []
+class Conditions(NamedTuple):
+    """What a goal asks of a thing; a field of None is that of the only number.
+
+    Attributes:
+        words, without: words that must stand there, and that must not.
+        told: words that must stand there and are said to be the value of a field, so no kind and no name.
+        limits: of a number, by field: (field, compare, value); compare(number there, value) holds.
+        exact: (field, what is said of it).
+        best: superlatives, (field, min or max), over the things that meet all else.
+    """
+
+    words: list[str]
+    told: list[str]
+    without: list[str]
+    limits: list[tuple[str | None, Callable[[float, float], bool], str]]
+    exact: list[tuple[str, str]]
+    best: list[tuple[str | None, Callable[[list[float]], float]]]
+
+
+def conditions(phrase, labels=()):
+    """`labels`: fields of the page; what follows one of them is its value."""
+    asked = Conditions([], [], [], [], [], [])
 
     def take(pattern, keep):
         nonlocal phrase
         phrase = re.sub(pattern, lambda m: keep(m) or " , ", phrase)
 
-    field = r"(?:\bwith (\w+) )?"
-    take(rf"{field}\b(?:{BELOW}) {VALUE}", lambda m: tests.append((m[1], lambda x, v=m[2]: number(x) < number(v))))
-    take(rf"{field}\b(?:{ABOVE}) {VALUE}", lambda m: tests.append((m[1], lambda x, v=m[2]: number(x) > number(v))))
-    take(rf"\bwith (\w+) {VALUE}", lambda m: tests.append((m[1], lambda x, v=m[2]: x == v)))
-    for pick, names in ((min, LEAST), (max, MOST)):
-        take(rf"\bwith the (?:{names}) (\w+)", lambda m, pick=pick: best.append((m[1], pick)))
-        take(rf"\b(?:{names})(?= |,|$)", lambda m, pick=pick: best.append(("", pick)))
-    take(r"\b(?:that is not|but not|not|other than|without) (\w+)", lambda m: without.append(m[1]))
-    take(r"\bwhose \w+ is (\w+)|\b(?:with|of) \w+ (\w+)|\b\w+: (\w+)", lambda m: words.append(m[1] or m[2] or m[3]))
-    words += [word for word in re.findall(r"\w+", phrase) if word not in "a the one and in that is called".split()]
-    return words, without, tests, best
+    for compare, said in LIMITS:
+        pattern = rf"(?:\bwith (\w+) )?\b(?:{said}) {VALUE}"
+        take(pattern, lambda m, compare=compare: asked.limits.append((m[1], compare, m[2])))
+    take(rf"\bwith (\w+) {VALUE}", lambda m: asked.exact.append((m[1], m[2])))
+    for best, names in ((min, LEAST), (max, MOST)):
+        take(rf"\bwith the (?:{names}) (\w+)", lambda m, best=best: asked.best.append((m[1], best)))
+        take(rf"\b(?:{names})(?= |,|$)", lambda m, best=best: asked.best.append((None, best)))
+    take(r"\b(?:that is not|but not|not|other than|without) (\w+)", lambda m: asked.without.append(m[1]))
+    for said in (r"whose \w+ is", r"(?:with|of) \w+", r"\w+:", *map(re.escape, labels), "that is", "in"):
+        take(rf"\b{said} (\w+)", lambda m: asked.told.append(m[1]))
+    take(r"\((\w+)\)", lambda m: asked.told.append(m[1]))
+    asked.words.extend(word for word in re.findall(r"\w+", phrase) if word not in "a the one and called".split())
+    return asked
 
 
-def but_kind(words, seen, rest):
-    """Pages of things with own names do not show their kind: of a goal with other conditions one unseen word goes."""
-    unseen = [word for word in words if word not in seen]
-    return [word for word in words if word not in unseen[:1]] if words != unseen or any(rest) else words
+def but_kind(asked, seen):
+    """Things with own names are all of one kind, which pages do not show: of the words of a goal one unseen goes.
+
+    A goal of nothing but words that are not there is the name of another thing.
+    """
+    unseen = [word for word in asked.words if word not in seen]
+    if asked.words == unseen and not any(asked[1:]):
+        return asked
+    return asked._replace(words=[word for word in asked.words if word not in unseen[:1]])
 
 
-def meets(title, facts, words, without, tests):
+def meets(title, facts, asked):
+    """All but superlatives."""
     have = tokens(title, facts)
     return (
-        all(word in have for word in words)
-        and not any(word in have for word in without)
-        and all(test(said_of(facts, field or "")) for field, test in tests)
+        all(word in have for word in asked.words + asked.told)
+        and not any(word in have for word in asked.without)
+        and all(compare(number(said_of(facts, field)), number(x)) for field, compare, x in asked.limits)
+        and all(said_of(facts, field) == x for field, x in asked.exact)
     )
+
+
+def fitting(listed, asked):
+    """Titles of the things that meet every condition."""
+    fits = [(title, facts) for title, facts in listed if meets(title, facts, asked)]
+    for field, best in asked.best:
+        values = [number(said_of(facts, field)) for _, facts in fits]
+        fits = [t for t, x in zip(fits, values, strict=True) if x == best(values)]
+    return [title for title, _ in fits]
+
+
+def asked_of(page, goal, named):
+    """The conditions of a goal on a list."""
+    asked = conditions(wanted(goal))
+    return but_kind(asked, {word for t in things(page) for word in tokens(*t)}) if named else asked
 
 
 # -- the right actions -------------------------------------------------------------------------------------------
 
 
 def pick(page, past, goal, named):
-    listed = things(page)
-    words, without, tests, bests = conditions(wanted(goal))
-    if named:
-        seen = {word for title, facts in listed for word in tokens(title, facts)}
-        words = but_kind(words, seen, (without, tests, bests))
-    fits = [(title, facts) for title, facts in listed if meets(title, facts, words, without, tests)]
-    for field, best in bests:
-        values = [number(said_of(facts, field)) for _, facts in fits]
-        fits = [t for t, x in zip(fits, values, strict=True) if x == best(values)]
     ways_on = [name for depth, _, role, name, *_ in elements(page) if role == "link" and not depth]
     on = [name for name in ways_on if name in _NEXT] or ways_on  # of these only the way back is ever pressed
-    names = [title for title, _ in fits] or on
+    names = fitting(things(page), asked_of(page, goal, named)) or on
     return lambda verb, name, value: name in names
 
 
@@ -205,23 +245,28 @@ def detail(page, past, goal, named):
         if role is None and not depth:
             field, _, value = name.removeprefix("Selected ").partition(": ")
             labels.add(field)
+            if name.startswith("Selected "):
+                options.add(value)
             if value in options:
                 chosen.add(value)
             elif value:
                 facts.append((field, value))
     titles = " ".join(name for depth, _, role, name, *_ in lines if role == "heading")
-    words, without, tests, _ = conditions(wanted(goal))
-    asked = {word for word in words if word in options}
-    words = [word for word in words if word not in options | labels]
+    asked = conditions(wanted(goal), labels)
+    to_choose = options.intersection(asked.words + asked.told)
+    asked = asked._replace(
+        words=[word for word in asked.words if word not in options],
+        told=[word for word in asked.told if word not in options],
+    )
     if named:
-        words = but_kind(words, tokens(titles, facts), (without, tests))
-    fits = meets(titles, facts, words, without, tests)
-    ready = fits and asked <= chosen
+        asked = but_kind(asked, tokens(titles, facts))
+    fits = meets(titles, facts, asked)
+    ready = fits and to_choose <= chosen
     submit = [name for depth, _, role, name, *_ in lines if role == "button" and not depth]
 
     def right(verb, name, value):
         if name in options:
-            return fits and name in asked
+            return fits and name in to_choose
         if name in submit or verb == "answer":
             return ready
         return not fits if submit else not ready  # back
@@ -265,10 +310,14 @@ def form(page, past, goal, named):
 
 
 def menu(page, past, goal, named):
-    about = set(re.findall(r"\w+", wanted(goal)))
-    links = [set(name.split()) for *_, role, name, _, _ in elements(page) if role == "link"]
-    known = any(about & link for link in links)
-    return lambda verb, name, value: bool(about & set(name.split())) if not value else not known and value in about
+    about, held = set(re.findall(r"\w+", wanted(goal))), {}
+    for depth, _, role, name, *_ in elements(page):
+        if role == "link" and re.fullmatch("[a-z]+", name):  # a section; what is between is no lone small word
+            held[name] = {name}
+        elif role is None and depth:
+            held[list(held)[-1]].add(name)
+    ways = [section for section, items in held.items() if about & items]
+    return lambda verb, name, value: name in ways if not value else not ways and value in about
 
 
 def trail(page, past, goal, named):

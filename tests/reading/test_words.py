@@ -12,6 +12,7 @@ import pytest
 from offline_lm import reading
 from offline_lm.envs import office, shop
 from offline_lm.reading import worlds
+from offline_lm.reading.scenes import _PLACES
 from offline_lm.reading.words import Scale, scales, word, words
 from offline_lm.reading.worlds import World
 
@@ -109,6 +110,19 @@ def test_written_values_order_as_their_numbers_do(scale):
 def test_numbers_drawn_lie_within_their_bounds(scale):
     drawn = [scale.draw(Random(seed)) for seed in range(300)]
     assert scale.low <= min(drawn) < max(drawn) <= scale.high
+
+
+def test_no_word_for_the_best_is_a_word_for_a_place_in_a_list():
+    said = {word for scale in forms() for word in (*scale.least, *scale.most)}
+    assert said.isdisjoint({*_PLACES, "last"})
+
+
+def test_things_with_names_of_their_own_are_of_one_kind():
+    drawn = [world for world in map(World, map(Random, range(200))) if world.named]
+    assert len(drawn) > 20
+    for world in drawn:
+        things = world.things(6)
+        assert len({t.kind for t in [*things, *map(world.missed, things)]}) == 1
 
 
 def test_values_are_written_so():
