@@ -12,7 +12,6 @@ import numpy as np
 from omegaconf import DictConfig, ListConfig
 from tqdm import tqdm
 
-from offline_lm import paths
 from offline_lm.errors import UserError
 from offline_lm.models import backbone, devices
 from offline_lm.models.critic import Critic, find_run
@@ -79,7 +78,7 @@ def _load(name: str, cfg: DictConfig) -> tuple[Any, Any]:
     if name.startswith("run:"):
         critic = Critic.from_pretrained(find_run(name.removeprefix("run:"), cfg.store))
         return critic.model, critic.tokenizer
-    return backbone.load(str(paths.READER) if name == "reader" else name, cfg.probe.dtype)
+    return backbone.load(name, cfg.probe.dtype)
 
 
 def _measure(pages: Splits, features: probes.Features) -> dict[str, Outcome]:

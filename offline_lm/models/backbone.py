@@ -33,6 +33,11 @@ def load(path: str, dtype: str = "auto") -> tuple[Any, Any]:
         UserError: nothing loadable there, no fast tokenizer, or an architecture that cannot be packed.
     """
     source = located(path)
+    if path == "reader" and not READER.is_dir():
+        raise UserError(
+            "no reader ships with this version: make one (`python -m offline_lm.pretrain output=FOLDER`) and name it"
+            " (model=reader model.path=FOLDER)"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
@@ -128,10 +133,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 def hidden_states(model: Any, tokens: Tensor, layout: Layout) -> Tensor:
     """Last hidden states [L, d] of a packed row of token ids [L]."""
-    out = model.base_model(
-        input_ids=tokens[None], position_ids=layout.positions().to(tokens.device)[None], use_cache=False, layout=layout
-    )
-    return out.last_hidden_state[0]
+    return _encoded(model, tokens, layout).last_hidden_state[0]
+
+
+def halfway_and_last(model: Any, tokens: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Hidden states [L, d] behind half of the layers, and behind all."""
+    out = _encoded(model, tokens, layout, output_hidden_states=True)
+    return out.hidden_states[len(out.hidden_states) // 2][0], out.last_hidden_state[0]
+
+
+def _encoded(model: Any, tokens: Tensor, layout: Layout, **options: Any) -> Any:
+    positions = layout.positions().to(tokens.device)[None]
+    return model.base_model(input_ids=tokens[None], position_ids=positions, use_cache=False, layout=layout, **options)
 
 
 @torch.no_grad()

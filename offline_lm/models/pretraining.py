@@ -2,14 +2,15 @@
 
 Each page is encoded once for all goals asked of it, each goal once for all actions judged under it. At the end of a
 goal, where V is read, the model says whether the page fits it; at the end of an action, where Q is read, whether the
-action is right; and it writes the right action token by token.
+action is right; and it writes the right action token by token. Halfway up it says of every token of a goal whether it
+stands so on the page, and of an action whether it stands so in the goal: what is to be compared is found early then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from offline_lm.batches import render
 from offline_lm.batches.pack import Layout
 from offline_lm.batches.tokens import encode
-from offline_lm.models.backbone import hidden_states
+from offline_lm.models.backbone import halfway_and_last
 from offline_lm.reading.scenes import Scene, scenes
 
 WEIGHTS = {"grade": 0.3, "said": 0.1}
@@ -38,6 +39,8 @@ class Sheet:
         met: float32 [Q]: whether the page fits the goal; NaN where that is not asked.
         question: int64 [A]: the goal that an action is judged under.
         right, grade: float32 [A]: whether it is right, and what share of the goal it meets; NaN where undefined.
+        seen: int64 [N, 2]: a place in the row, and whether its token and the one before it stand so on the page (in a
+            goal) or in the goal (in an action).
         said: int64 [M, 2]: a place in the row, and the token of a right action that follows it.
         scene: int64 [Q]: the page that a goal is asked on.
         skill: of each goal, its `Question.skill`.
@@ -49,6 +52,7 @@ class Sheet:
     question: Tensor
     right: Tensor
     grade: Tensor
+    seen: Tensor
     said: Tensor
     scene: Tensor
     skill: list[str]
@@ -94,6 +98,7 @@ class _Row:
         self.branch_ends: list[int] = []
         self.met: list[float] = []
         self.acts: list[tuple[int, float, float]] = []
+        self.seen: list[tuple[int, int]] = []
         self.said: list[tuple[int, int]] = []
         self.scene: list[int] = []
         self.skill: list[str] = []
@@ -102,6 +107,7 @@ class _Row:
         before, after, end = self.frame
         past = chain.from_iterable(ids[render.past_text(did)] for did in scene.past)
         trunk = [*before, *past, *ids[_page(scene)]]
+        shown = set(pairwise(trunk))
         owner = len(self.trunks)
         self.trunks.append(len(trunk))
         self.ids += trunk
@@ -109,11 +115,14 @@ class _Row:
             goal = [*ids[render.goal_text(asked.goal)], *after]
             parent = len(self.segments)
             self.segments.append((owner, len(trunk), -1, len(goal)))
+            named = set(pairwise(goal))
+            self._compared(goal[: len(goal) - len(after)], shown)
             self.ids += goal
             goal_end = len(self.ids) - 1
             for act in asked.acts:
                 text = [*ids[act.text], *end]
                 self.segments.append((owner, len(trunk), parent, len(text)))
+                self._compared(text, named)
                 if act.right:
                     begin = len(self.ids)
                     self.said += zip([goal_end, *range(begin, begin + len(text) - 1)], text, strict=True)
@@ -125,6 +134,10 @@ class _Row:
             self.scene.append(owner)
             self.skill.append(asked.skill)
         self.length = len(self.ids)
+
+    def _compared(self, text: list[int], there: set[tuple[int, int]]) -> None:
+        begin = len(self.ids)
+        self.seen += ((begin + i, pair in there) for i, pair in enumerate(pairwise(text), 1))
 
     def sheet(self) -> Sheet:
         owner, seen, parent, sizes = np.array(self.segments, np.int64).T
@@ -139,6 +152,7 @@ class _Row:
             torch.tensor(question),
             torch.tensor(right),
             torch.tensor(grade),
+            torch.tensor(self.seen, dtype=torch.long).reshape(-1, 2),
             torch.tensor(self.said, dtype=torch.long).reshape(-1, 2),
             torch.tensor(self.scene),
             self.skill,
@@ -150,17 +164,18 @@ class Judge(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.met, self.right, self.grade = (
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1)) for _ in range(3)
+        self.met, self.right, self.grade, self.seen = (
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1)) for _ in range(4)
         )  # fmt: skip
 
 
 def loss(model: Any, judge: Judge, sheet: Sheet) -> tuple[dict[str, Tensor], Tensor]:
     """The parts of the loss, and for each action the logit [A] that it is right."""
     device = model.device
-    hidden = hidden_states(model, sheet.ids.to(device), sheet.layout)
+    halfway, hidden = halfway_and_last(model, sheet.ids.to(device), sheet.layout)
     prompts, branches = (hidden[at.to(device)] for at in sheet.layout.readouts())
     right, grade, question, said = (x.to(device) for x in (sheet.right, sheet.grade, sheet.question, sheet.said))
+    seen = sheet.seen.to(device)
     asked = ~sheet.met.isnan()
     met, fits = sheet.met[asked].to(device), judge.met(prompts[asked.to(device)])[:, 0]
     logits, grades = judge.right(branches)[:, 0], judge.grade(branches)[:, 0]
@@ -171,6 +186,8 @@ def loss(model: Any, judge: Judge, sheet: Sheet) -> tuple[dict[str, Tensor], Ten
         "met": _cross_entropy(fits, met),
         "which": choice_loss(fits, met, sheet.scene[asked].to(device), len(sheet.layout.trunks)),
         "grade": WEIGHTS["grade"] * _cross_entropy(grades[known], grade[known]),
+        # halfway up, so that the layers above can use it
+        "seen": _cross_entropy(judge.seen(halfway[seen[:, 0]])[:, 0], seen[:, 1].float()),
         "said": WEIGHTS["said"] * cross_entropy(model.lm_head(hidden[said[:, 0]]), said[:, 1]),
     }
     return parts, logits.detach()

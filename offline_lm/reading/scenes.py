@@ -146,8 +146,7 @@ def _pick(world: World, things: Sequence[Thing], press: list[str], on: str, off:
 
 def _place(world: World, things: Sequence[Thing], press: list[str], on: str, off: list[str], rng: Random) -> Question:
     """Choose by place in the list."""
-    i = rng.randrange(len(things))
-    n = len(things)
+    i, n = rng.randrange(len(things)), len(things)
     said = [f"the {_PLACES[i]} {rng.choice(('item', 'one', 'entry', 'result', 'row'))}", f"number {i + 1} of the list"]
     if i == n - 1:
         said.append("the last one")
@@ -194,8 +193,8 @@ def _count(world: World, things: Sequence[Thing], press: list[str], on: str, off
     else:
         said, n = f"{value} ones", sum(t.words[name] == value for t in things)
     wrong = rng.sample([x for x in range(max(0, n - 3), n + 4) if x != n], 3)
-    acts = [Act(world.style.tell(str(n)), True), *(Act(world.style.tell(str(x)), False) for x in wrong)]
-    return Question("count", rng.choice(_COUNT).format(x=said), math.nan, acts)
+    acts = [Act(world.style.tell(str(x)), x == n) for x in (n, *wrong)]
+    return Question("count", rng.choice(_COUNT).format(x=said), math.nan, _some(acts, rng))
 
 
 # -- one thing, forms, menus, trails -----------------------------------------------------------------------------------
