@@ -100,7 +100,7 @@ def tiny(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-        start_heads(model, tokenizer.convert_tokens_to_ids(START), sorted(marks))
+        start_heads(model, tokenizer.get_vocab()[START], sorted(marks))
     return model, tokenizer
 
 

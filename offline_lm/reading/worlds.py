@@ -152,7 +152,8 @@ class World:
 
     def missed(self, thing: Thing) -> Thing:
         """A thing like `thing` but for one word or number."""
-        change = self.rng.choice([*self.words, *self.scales, *([] if self.named else ["kind"])])
+        fields = [*self.words, *self.scales]
+        change = self.rng.choice(fields if self.named else [*fields, "kind"])
         other, kept, numbers = self.thing(), dict(thing.words), dict(thing.numbers)
         if change in kept:
             kept[change] = self.rng.choice([v for v in self.words[change] if v != thing.words[change]])
