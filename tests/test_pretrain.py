@@ -78,7 +78,7 @@ def test_its_curves_are_a_table_of_means(first):
     assert header == ["tokens", "kind", "name", "mean"]
     assert sorted({int(row[0]) for row in rows}) == [600 * i for i in range(1, 11)]
     losses = {row[2] for row in rows if row[1] == "loss"}
-    assert losses == {"right", "choice", "met", "which", "grade", "said"}
+    assert losses == {"right", "choice", "met", "which", "grade", "seen", "said"}
     assert all(0 <= float(row[3]) <= 1 for row in rows if row[1] == "right")
 
 
