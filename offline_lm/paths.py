@@ -1,4 +1,4 @@
-"""Where conf/ and analysis/ are: inside the package in a wheel, beside it in a checkout. And the shipped reader."""
+"""Where conf/ and analysis/ are: inside the package in a wheel, beside it in a checkout. And the reader, where one ships."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""``python -m offline_lm.pretrain``: the small language model that ships as `model=reader`, from nothing but a seed."""
+"""``python -m offline_lm.pretrain``: a small language model for `model=reader`, from nothing but a seed."""
 
 from __future__ import annotations
 
