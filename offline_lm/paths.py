@@ -1,4 +1,4 @@
-"""Where conf/ and analysis/ are: inside the package in a wheel, beside it in a checkout. And the reader, where one ships."""
+"""Where conf/ and analysis/ are: inside the package in a wheel, beside it in a checkout. And where a reader ships."""
 
 from pathlib import Path
 
