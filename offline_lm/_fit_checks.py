@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from offline_lm.errors import UserError
-from offline_lm.models import devices, represent
+from offline_lm.models import backbone, devices, represent
 
 _Rule = tuple[str, Callable[[Any], bool], str]
 
@@ -75,7 +75,7 @@ def checked(cfg: DictConfig) -> torch.device:
                 raise UserError(f"{key}={value}: {wanted} is wanted")
     if cfg.model.path is None:
         width, heads = cfg.model.width, cfg.model.attention_heads
-        if width % (2 * heads) or width < 4 * heads:
+        if not backbone.fits_heads(width, heads):
             raise UserError(
                 f"model.width={width}: a multiple of twice model.attention_heads is wanted, 4 a head at least"
             )

@@ -71,7 +71,7 @@ def checked(cfg: DictConfig) -> tuple[Path, torch.device]:
     for key, most in (("easy", 1.0), ("lr", math.inf)):
         if type(cfg[key]) not in (int, float) or not 0 < cfg[key] <= most:
             raise UserError(f"{key}={cfg[key]}: a number above 0 is wanted" + ", at most 1" * (most == 1))
-    if cfg.width % (2 * cfg.heads) or cfg.width < 4 * cfg.heads:
+    if not backbone.fits_heads(cfg.width, cfg.heads):
         raise UserError(f"width={cfg.width}: a multiple of twice heads={cfg.heads} is wanted, 4 a head at least")
     if cfg.dtype not in ("float32", "float16", "bfloat16"):
         raise UserError(f"dtype={cfg.dtype}: float32, float16 or bfloat16 is wanted")

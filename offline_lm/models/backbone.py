@@ -104,6 +104,11 @@ def tiny(
     return model, tokenizer
 
 
+def fits_heads(width: int, heads: int) -> bool:
+    """Whether `tiny` can be built so: rotary pairs want an even head, and `circuits.start_heads` two pairs in each."""
+    return width % (2 * heads) == 0 and width >= 4 * heads
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE in which a word has the same tokens wherever it stands.
 

@@ -23,6 +23,7 @@ from offline_lm.batches import render
 from offline_lm.batches.pack import Layout
 from offline_lm.batches.tokens import encode
 from offline_lm.models.backbone import halfway_and_last
+from offline_lm.models.descent import descend
 from offline_lm.reading.scenes import Scene, scenes
 
 WEIGHTS = {"grade": 0.3, "said": 0.1}
@@ -275,13 +276,7 @@ def train(
         row = sheet(tokenizer, seed, update, easy=max(0.1, 1 - done / easy), tokens=batch_tokens)
         parts, logits = loss(model, judge, row)
         total = torch.stack(list(parts.values())).sum()
-        if not total.isfinite():
-            raise FloatingPointError(f"the loss of update {update} is {total.item()}: lower lr")
-        optimizer.zero_grad()
-        total.backward()
-        if not torch.nn.utils.clip_grad_norm_(parameters, 1.0).isfinite():
-            raise FloatingPointError(f"the gradient of update {update} is not finite: lower lr")
-        optimizer.step()
+        descend(optimizer, parameters, total, after=f"{update} updates: lower lr")
         on_step(update + 1, n, {name: part.item() for name, part in parts.items()}, chosen(logits, row))
         if 100 * (update + 1) // n > 100 * update // n:
             state = {"model": model.state_dict(), "judge": judge.state_dict(), "updates": update + 1}

@@ -20,6 +20,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from offline_lm.batches.questions import Questions
 from offline_lm.losses.td import squared_loss
 from offline_lm.models.backbone import hidden_states
+from offline_lm.models.descent import descend
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,6 @@ def train(
         optimizer.param_groups[0]["lr"] = lr * min(1.0, 20 * done + 0.01, 1.0 - 0.9 * done)
         parts = loss(model, answers, batch, weights)
         total = torch.stack(list(parts.values())).sum()
-        if not total.isfinite():
-            raise FloatingPointError(f"the loss is {total.item()} after {seen} tokens: lower model.stage.lr")
-        optimizer.zero_grad()
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
-        optimizer.step()
+        descend(optimizer, parameters, total, after=f"{seen} tokens: lower model.stage.lr")
         seen += len(batch.ids)
         on_step(len(batch.ids), {name: part.item() for name, part in parts.items()})
