@@ -1,9 +1,10 @@
-"""Suites `shop` and `office` of `evaluate`: critics held against the exact values of a text site."""
+"""Suites `shop`, `office`, `fo_maze`, `po_maze` and `wordle`: critics held against the exact values of a text site."""
 
 from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,27 @@ import yaml
 from omegaconf import DictConfig, ListConfig
 
 from offline_lm._evaluate_commands import command
-from offline_lm.envs import office, shop
+from offline_lm.envs import exact, maze, office, shop, wordle
+from offline_lm.envs.exact import TextMDP
 from offline_lm.errors import UserError
 from offline_lm.models.critic import Critic
 from offline_lm.ope import truth
 from offline_lm.store import Store
 
-_SITES = {site.BENCHMARK: site for site in (shop, office)}
-_SHOWN = ("kendall", "hit", "spearman_v", "spearman_v_pooled", "gap_recovered", "behaviour", "greedy", "optimum")
+_TASKS: dict[str, Callable[..., TextMDP]] = {
+    shop.BENCHMARK: lambda seed, number, **options: shop.Task(shop.Site.draw(seed), number, **options).mdp,
+    office.BENCHMARK: lambda seed, number: office.Task(office.Site.draw(seed), number).mdp,
+    maze.FULLY: maze.fully_observed,
+    maze.PARTIALLY: maze.partially_observed,
+    wordle.BENCHMARK: wordle.task,
+}
+"""The task that (seed, number) names, by suite."""
+SUITES = tuple(_TASKS)
+
+_SHOWN = (
+    *("kendall", "hit", "sign", "spearman_v", "rmse_v", "rmse_q"),
+    *("gap_recovered", "behaviour", "greedy", "optimum"),
+)
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -28,7 +42,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if cfg.runs is not None:
         store = Store.open(cfg.store)
         names = list(cfg.runs) if isinstance(cfg.runs, ListConfig) else [cfg.runs]
-        return _report([judge(store, store.resolve_run(name), cfg.suite) for name in names])
+        return _report([judge(store, store.resolve_run(name), cfg.suite, _options(cfg)) for name in names])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(cfg.workdir or temporary).absolute()
         return _report([row for seed in cfg.seeds for row in _fresh(cfg, folder, seed)])
@@ -37,12 +51,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 def _fresh(cfg: DictConfig, folder: Path, seed: int) -> list[dict[str, Any]]:
     """Record the logs of one site, and fit and judge each algorithm on them. Logs made before are used again."""
     folder.mkdir(parents=True, exist_ok=True)
-    log, url = folder / f"{cfg.suite}{seed}.jsonl", folder / f"{cfg.suite}{seed}.store"
+    options = _options(cfg)
+    name = f"{cfg.suite}{seed}" + "".join(f"-{key}{value}" for key, value in options.items())
+    log, url = folder / f"{name}.jsonl", folder / f"{name}.store"
     if not log.exists():
-        site = _SITES[cfg.suite]
-        words = site.Site.draw(seed)
-        tasks = (site.Task(words, i) for i in range(cfg.tasks))
-        lines = [orjson.dumps(e) for e in site.record(tasks, cfg.episodes, seed)]
+        tasks = (_TASKS[cfg.suite](seed, i, **options) for i in range(cfg.tasks))
+        lines = [orjson.dumps(e) for e in exact.record(tasks, cfg.episodes, seed)]
         log.write_bytes(b"\n".join(lines) + b"\n")
     command("ingest", "source=jsonl", f"path={log}", f"store={url}")
     rows = []
@@ -50,12 +64,21 @@ def _fresh(cfg: DictConfig, folder: Path, seed: int) -> list[dict[str, Any]]:
         done = command(
             "fit", f"algo={algo}", f"data.store={url}", f"seed={seed}", "baselines=false", *cfg.overrides.split()
         )
-        rows.append({**judge(Store.open(url), done["run_id"], cfg.suite), "seconds": done["seconds"]})
+        rows.append({**judge(Store.open(url), done["run_id"], cfg.suite, options), "seconds": done["seconds"]})
         print(_line(rows[-1]), flush=True)
     return rows
 
 
-def judge(store: Store, run_id: str, suite: str) -> dict[str, Any]:
+def _options(cfg: DictConfig) -> dict[str, int]:
+    """What the tasks of the site are made with, beside their words and number."""
+    if cfg.horizon is None:
+        return {}
+    if cfg.suite != "shop" or type(cfg.horizon) is not int or cfg.horizon < shop.HORIZON:
+        raise UserError(f"horizon={cfg.horizon}: suite=shop takes one, a whole number from {shop.HORIZON}")
+    return {"horizon": cfg.horizon}
+
+
+def judge(store: Store, run_id: str, suite: str, options: Mapping[str, int]) -> dict[str, Any]:
     """Exact-truth scores of one run on the tasks of the suite's sites that it held out; also in table `diagnostics`."""
     with store.connect() as db:
         (config, algo, seed, run_dir) = db.execute(
@@ -68,22 +91,30 @@ def judge(store: Store, run_id: str, suite: str) -> dict[str, Any]:
     if config is None or run_dir is None or not held_out:
         raise UserError(f"run {run_id} holds out no task of benchmark '{suite}': suite={suite} cannot judge it")
     named = sorted(task_id.removeprefix(suite).split("/") for (task_id,) in held_out)
-    site = _SITES[suite]
-    tasks = [site.Task(site.Site.draw(int(words)), int(number)).mdp for words, number in named]
+    tasks = [_TASKS[suite](int(seed), int(number), **options) for seed, number in named]
     settings = yaml.safe_load(config)["algo"]
     critic = Critic.from_pretrained(run_dir)
     if not critic.config["has_q"]:
         raise UserError(f"run {run_id} ({algo}) has no Q: suite={suite} judges the order of actions")
-    scores = truth.exact(critic, tasks, gamma=settings["gamma"], tau=settings.get("tau"))
+    scores = truth.exact(critic, tasks, gamma=settings["gamma"], **_estimand(settings))
     row = {"run_id": run_id, "suite": suite, "split": "held_out", "group": algo, "n": len(tasks)}
     values = {name: None if math.isnan(value) else value for name, value in scores.items()}
     store.append("diagnostics", [{**row, "name": name, "value": value} for name, value in values.items()])
     return {"run_id": run_id, "algo": algo, "seed": seed, "tasks": len(tasks), **scores}
 
 
+def _estimand(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the algorithm with these settings estimates."""
+    if settings["_target_"].endswith(".QLearning") or settings.get("base") == "q_learning":
+        return {"estimand": "optimum"}
+    if "tau" in settings:
+        return {"estimand": "expectile", "tau": settings["tau"]}
+    return {"estimand": "behaviour"}
+
+
 def _report(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The table, and per algorithm the mean and the standard deviation over runs."""
-    print("  ".join([f"{'run':34}", *(f"{name:>17}" for name in _SHOWN)]))
+    print("  ".join([f"{'run':34}", *(f"{name:>13}" for name in _SHOWN)]))
     for row in rows:
         print(_line(row))
     out: dict[str, Any] = {"runs": rows}
@@ -96,4 +127,4 @@ def _report(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _line(row: dict[str, Any]) -> str:
-    return "  ".join([f"{row['run_id']:34}", *(f"{row[name]:17.3f}" for name in _SHOWN)])
+    return "  ".join([f"{row['run_id']:34}", *(f"{row[name]:13.3f}" for name in _SHOWN)])

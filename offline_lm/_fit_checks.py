@@ -44,7 +44,7 @@ RULES: tuple[_Rule, ...] = (
     ("a number from 0", lambda x: _number(x) and 0 <= x < math.inf, f"optim.weight_decay {_PARTS}"),
     ("a number above 0", lambda x: _number(x) and 0 < x < math.inf,
         "optim.lr optim.clip model.stage.lr model.lora.alpha"),
-    ("a number from 0 to 1", lambda x: _number(x) and 0 <= x <= 1, "model.stage.goals_first"),
+    ("a number from 0 to 1", lambda x: _number(x) and 0 <= x <= 1, "model.stage.goals_first optim.critic_first"),
     ("a share of tasks from 0 to below 1", lambda x: _number(x) and 0 <= x < 1, "data.held_out"),
     ("true or false", lambda x: isinstance(x, bool), "baselines logger.tensorboard model.gradient_checkpointing"),
     (*_one_of("heads", "lora", "full"), "model.train"),
@@ -79,6 +79,10 @@ def checked(cfg: DictConfig) -> torch.device:
             raise UserError(
                 f"model.width={width}: a multiple of twice model.attention_heads is wanted, 4 a head at least"
             )
+    if cfg.algo._target_.endswith(".D3rlpy"):
+        for key, value in (("model.train", "heads"), ("model.heads.loss", "mse"), ("optim.critic_first", 0)):
+            if OmegaConf.select(cfg, key) != value:
+                raise UserError(f"{key}={OmegaConf.select(cfg, key)}: algo=d3rlpy has its own losses: {key}={value}")
     if cfg.run_dir is not None:
         try:
             Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)

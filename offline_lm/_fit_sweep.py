@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from offline_lm import cli
 from offline_lm.errors import UserError
 
-SWEPT = ("seed", "algo.", "model.heads.", "optim.lr", "optim.weight_decay", "optim.clip", "optim.warmup")
+_OPTIM = ("optim.lr", "optim.weight_decay", "optim.clip", "optim.warmup", "optim.critic_first")
+SWEPT = ("seed", "algo.", "model.heads.", *_OPTIM)
 """What settings may differ in. All else (episodes, split, backbone, batches) is what they share."""
 
 

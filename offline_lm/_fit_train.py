@@ -12,6 +12,8 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from offline_lm.algos.critic_mc import CriticMC
+from offline_lm.algos.q_mc import QMC
 from offline_lm.batches import replay as replays
 from offline_lm.batches.replay import Replay
 from offline_lm.errors import UserError
@@ -31,7 +33,8 @@ class Learner:
 
     Args:
         heads: on the device where batches are.
-        optim: `conf/optim`; steps, batch size and the rhythm of logs are the loop's.
+        optim: `conf/optim`; steps, batch size and the rhythm of logs are the loop's. In the first `critic_first` of the
+            steps values are regressed on returns, before they bootstrap from themselves.
         run: takes its losses, named with `prefix`, and its checkpoints.
         outcomes: rewards and returns of every row, where they are not those of the batches (another discount).
         backbone: (target, online), where the backbone is trained with the heads. Of it, what requires gradients; it has
@@ -43,6 +46,7 @@ class Learner:
         outcomes: Outcomes | None = None, backbone: tuple[nn.Module | None, nn.Module] | None = None,
     ) -> None:  # fmt: skip
         self.algo, self.heads, self.optim, self.run, self.prefix = algo, heads, optim, run, prefix
+        self.on_returns = (QMC if algo.trains_q else CriticMC)(algo.gamma, algo.polyak)
         self.outcomes, self.backbone = outcomes, backbone
         self.target = target_of(heads)
         slow, model = backbone or (None, None)
@@ -73,7 +77,8 @@ class Learner:
             batch = replace(batch, **self.outcomes.of(rows, batch.states.device))
         share = min(1.0, step / max(self.optim.warmup, 1), 1.05 - step / self.optim.steps)
         self.optimizer.param_groups[0]["lr"] = self.optim.lr * share
-        self.losses = self.algo.loss(self.heads, self.target, batch)
+        algo = self.on_returns if step <= self.optim.critic_first * self.optim.steps else self.algo
+        self.losses = algo.loss(self.heads, self.target, batch)
         first, *others = self.losses.values()
         total = sum(others, first)
         self.optimizer.zero_grad()

@@ -7,14 +7,24 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from offline_lm import _evaluate_probe, _evaluate_real, _evaluate_truth, cli
+from offline_lm import (
+    _evaluate_credit,
+    _evaluate_mdp,
+    _evaluate_policies,
+    _evaluate_probe,
+    _evaluate_real,
+    _evaluate_truth,
+    cli,
+)
 from offline_lm.errors import UserError
 
 SUITES: dict[str, Callable[[DictConfig], dict[str, Any]]] = {
-    "shop": _evaluate_truth.run,
+    **dict.fromkeys(_evaluate_truth.SUITES, _evaluate_truth.run),
+    "mdp": _evaluate_mdp.run,
     "real": _evaluate_real.run,
     "probe": _evaluate_probe.run,
-    "office": _evaluate_truth.run,
+    "credit": _evaluate_credit.run,
+    "policies": _evaluate_policies.run,
 }
 
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import duckdb
-import numpy as np
 import torch
 from omegaconf import DictConfig
 
@@ -19,8 +18,10 @@ from offline_lm import cli
 from offline_lm._fit_checks import checked
 from offline_lm._fit_memory import Peaks
 from offline_lm._fit_prepare import compute_features, described, keep_backbone, kept_outside, prepare
+from offline_lm._fit_report import ranks, say_alarms, say_compared, say_next, say_selected, sites, target_gaps
 from offline_lm._fit_sweep import Setting, settings_of
 from offline_lm._fit_train import Learner, estimate, return_range, train, without_features
+from offline_lm.algos.d3rlpy import D3rlpy
 from offline_lm.algos.q_mc import QMC
 from offline_lm.batches import replay as replays
 from offline_lm.batches.replay import Replay
@@ -28,11 +29,10 @@ from offline_lm.models.batching import CachedBatches, Outcomes
 from offline_lm.models.critic import save_heads
 from offline_lm.models.encoding import EncodedBatches, training
 from offline_lm.models.heads import Heads
-from offline_lm.ope.diagnostics import verdict
 from offline_lm.run import Run, failing
 from offline_lm.store import Store
 from offline_lm.store.connect import explained
-from offline_lm.values import candidate_values, compare, values
+from offline_lm.values import candidate_values, compare, critic_alarms, log_alarms, values
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,19 +48,23 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
         replay_of = {gamma: _select(cfg, db, gamma) for gamma in dict.fromkeys(s.algo.gamma for s in settings)}
         replay = replay_of[settings[0].algo.gamma]
         ranges = {gamma: return_range(each) for gamma, each in replay_of.items()}
-        _say_selected(replay)
+        say_selected(replay)
         runs = [Run.start(store, setting.cfg, setting.name) for setting in settings]
         with failing(runs):
             with peaks.stage("prepare"):
                 model, tokenizer, tokens = prepare(cfg, store, db, replay, runs[0], device)
                 width = model.config.hidden_size
 
-            def learner(setting: Setting, run: Run, **options: Any) -> Learner:
+            def learner(setting: Setting, run: Run, **options: Any) -> Any:
                 gamma = setting.algo.gamma
                 low, high = ranges[gamma]
                 torch.manual_seed(cfg.seed if setting.cfg.heads_seed is None else setting.cfg.heads_seed)
                 heads = Heads(width, **setting.cfg.model.heads, low=low, high=high).to(device)
                 own = None if replay_of[gamma] is replay else Outcomes(replay_of[gamma], tokens, device)
+                if isinstance(setting.algo, D3rlpy):
+                    from offline_lm._fit_d3rlpy import D3rlpyLearner  # d3rlpy takes ten seconds to import
+
+                    return D3rlpyLearner(setting.algo, heads, setting.cfg.optim, run, outcomes=own)
                 return Learner(setting.algo, heads, setting.cfg.optim, run, outcomes=own, **options)
 
             baselines: dict[float, Learner] = {}
@@ -69,6 +73,7 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
                 if cfg.baselines and setting.name != "q_mc" and gamma not in baselines:  # one for all of a discount
                     baselines[gamma] = learner(Setting(cfg, QMC(gamma, 0.01), "q_mc", {}), run, prefix="q_mc/")
 
+            candidates = any(setting.algo.needs_candidates for setting in settings)
             if cfg.model.train == "heads":
                 with peaks.stage("features"):
                     feats = compute_features(cfg, store, model, tokens)
@@ -77,7 +82,9 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
                 del model  # heads train within the memory of features and heads
                 with peaks.stage("heads"):
                     learners = [learner(setting, run) for setting, run in zip(settings, runs, strict=True)]
-                    batches = CachedBatches(feats, replay, tokens, device, resident=cfg.data.resident)
+                    batches = CachedBatches(
+                        feats, replay, tokens, device, candidates=candidates, resident=cfg.data.resident
+                    )
                     steps, whole = train([*learners, *baselines.values()], batches, replay, cfg.optim, cfg.seed)
                     del batches
             else:  # training through the backbone: it leaves no features to share, so the baseline follows by itself
@@ -88,7 +95,7 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
                     training(model, how=cfg.model.train, adapters=adapters, **how) as (target_model, autocast),
                 ):
                     learners = [learner(settings[0], runs[0], backbone=(target_model, model))]
-                    make = EncodedBatches(model, target_model, replay, tokens, device, autocast)
+                    make = EncodedBatches(model, target_model, replay, tokens, device, autocast, candidates=candidates)
                     drawn = make.ahead(replays.token_batches(replay, tokens, cfg.optim.batch_tokens, cfg.seed))
                     steps, whole = train(learners, make, replay, cfg.optim, cfg.seed, drawn)
                 with peaks.stage("features"):
@@ -99,34 +106,43 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
                         batches = CachedBatches(feats, replay, tokens, device, resident=cfg.data.resident)
                         train([*baselines.values()], batches, replay, cfg.optim, cfg.seed)
 
-            tables = []
+            tables, verdicts = [], []
             with peaks.stage("values"):
+                of_logs, rank, site = log_alarms(db, replay, tokens), ranks(feats), sites(db, replay)
                 for setting, run, trained in zip(settings, runs, learners, strict=True):
                     save_heads(run.folder, trained.heads, described(setting), kept_outside(cfg))
                 estimates = estimate([*learners, *baselines.values()], feats, device)
                 q_mc = dict(zip(baselines, estimates[len(learners) :], strict=True))
-                for setting, run, mine in zip(settings, runs, estimates, strict=False):
+                for setting, run, mine, trained in zip(settings, runs, estimates, learners, strict=False):
                     own = replay_of[setting.algo.gamma]
                     against = without_features(own) if cfg.baselines else {}
                     if cfg.baselines and setting.name != "q_mc":
                         against = {"q_mc": q_mc[setting.algo.gamma], **against}
                     store.append("values", values(run.run_id, own, tokens, mine, setting.algo.gamma))
                     store.append("candidate_values", candidate_values(db, run.run_id, own, tokens, mine))
-                    tables.append(compare(store, run.run_id, own, tokens, {setting.name: mine, **against}))
+                    said = {setting.name: mine, **against}
+                    extra = rank | target_gaps(setting.name, trained, mine, feats, own, device)
+                    gamma = setting.algo.gamma
+                    tables.append(compare(store, run.run_id, own, tokens, said, gamma=gamma, extra=extra, site=site))
+                    verdicts.append(critic_alarms(store, run.run_id, own, tokens, said, tables[-1], of_logs))
             metrics = [{**table[s.name], **peaks.metrics} for s, table in zip(settings, tables, strict=True)]
             for run, measured in zip(runs, metrics, strict=True):
                 run.finish("finished" if whole else "interrupted", steps, measured)
 
-    for setting, run, table in zip(settings, runs, tables, strict=True):
-        _say_compared(setting, run, table, replay)
-    _say_next(cfg, runs[0])
+    for setting, run, table, (compared, _) in zip(settings, runs, tables, verdicts, strict=True):
+        say_compared(setting, run, table, compared, replay)
+    say_alarms(runs, [raised for _, raised in verdicts])
+    say_next(cfg, runs[0])
     seconds = round(runs[0].seconds, 1)
     ended = "finished" if whole else "interrupted, but usable"
     print(f"{', '.join(r.run_id for r in runs)}: {ended} in {seconds} s, {peaks}")
     results = [
-        {"run_id": run.run_id, "steps": steps, "seconds": seconds, "metrics": measured, "baselines": table}
-        for run, measured, table in zip(runs, metrics, tables, strict=True)
-    ]
+        {
+            "run_id": run.run_id, "steps": steps, "seconds": seconds, "metrics": measured, "baselines": table,
+            "alarms": [alarm._asdict() for alarm in raised],
+        }
+        for run, measured, table, (_, raised) in zip(runs, metrics, tables, verdicts, strict=True)
+    ]  # fmt: skip
     listed = [{"swept": s.swept, **result} for s, result in zip(settings, results, strict=True)]
     return results[0] if cfg.sweep is None else {**results[0], "sweep": listed}
 
@@ -140,40 +156,6 @@ def _select(cfg: DictConfig, db: duckdb.DuckDBPyConnection, gamma: float) -> Rep
         held_out=cfg.data.held_out,
         seed=cfg.seed,
     )
-
-
-def _say_selected(replay: Replay) -> None:
-    tasks, held = len(set(replay.tasks)), len({t for t, h in zip(replay.tasks, replay.held_out, strict=True) if h})
-    unknown = int((np.isnan(replay.returns) & replay.acted).sum())
-    won = np.nanmean(replay.success) if not np.isnan(replay.success).all() else float("nan")
-    print(
-        f"selected {len(replay.episode_ids)} episodes, {int(replay.acted.sum())} decisions, {tasks} tasks"
-        f" ({held} held out); mean success {won:.3f}, {unknown} decisions without a known return"
-    )
-
-
-def _say_compared(setting: Setting, run: Run, table: dict[str, dict[str, float]], replay: Replay) -> None:
-    name = setting.name
-    swept = "".join(f", {key}={value}" for key, value in setting.swept.items())
-    side = "held-out tasks" if replay.held_out.any() else "training tasks (a single task: none could be held out)"
-    print(f"\n{side}{f' ({run.run_id}{swept})' if swept else ''}:")
-    columns = list(table[name])
-    print("  ".join([f"{'':14}", *(f"{c:>11}" for c in columns)]))
-    for critic, row in table.items():
-        cells = (f"{row[c]:11.4f}" if c in row and not np.isnan(row[c]) else f"{'-':>11}" for c in columns)
-        print("  ".join([f"{critic:14}", *cells]))
-    print(*verdict(name, table), sep="\n")
-
-
-def _say_next(cfg: DictConfig, run: Run) -> None:
-    store = cfg.data.store
-    worst = f"SELECT task_id, step, action, v, q, advantage FROM run_values WHERE run_id = '{run.run_id}'"
-    print(f"""
-try:
-  python -m offline_lm.query analysis/decisive_steps.sql run={run.run_id} store={store}
-  python -m offline_lm.query analysis/where_value_was_lost.sql run={run.run_id} store={store}
-  python -m offline_lm.query "{worst} ORDER BY advantage LIMIT 10" store={store}
-""")
 
 
 if __name__ == "__main__":

@@ -192,6 +192,11 @@ class Batch:
     """1 - terminated"""
     returns: Float[Tensor, " n"]
     """G_t; where `return_mask` is false it is unknown"""
+    candidates: Float[Tensor, "m d"]
+    """features of every action known at a state, the logged one among them; none where no algorithm asks for them"""
+    target_candidates: Float[Tensor, "m d"]
+    candidate_of: Int[Tensor, " m"]
+    """the row whose candidate it is"""
     acted: Bool[Tensor, " n"]
     return_mask: Bool[Tensor, " n"]
     bootstrap_mask: Bool[Tensor, " n"]

@@ -1,16 +1,20 @@
-"""What a run writes back beside the steps: `values`, `candidate_values`, and the `diagnostics` of its estimates."""
+"""What a run writes back beside the steps: `values`, `candidate_values`, `diagnostics` of its estimates, and alarms."""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
 
 import duckdb
 import numpy as np
 import pyarrow as pa
-import torch
 
 from offline_lm.batches.replay import Replay
 from offline_lm.batches.tokens import Tokens
-from offline_lm.losses.returns import td_residuals
-from offline_lm.ope.diagnostics import Estimates, judge
+from offline_lm.ope import alarms, leaks
+from offline_lm.ope.alarms import Alarm
+from offline_lm.ope.clustered import Measured
+from offline_lm.ope.diagnostics import Estimates, by_part, intervals, judge, td_errors
 from offline_lm.store import Store
 
 Array = np.ndarray
@@ -22,6 +26,24 @@ _NAMED = """
     ORDER BY s.episode_id, s.step, c.candidate
 """
 
+_STATED = """
+    WITH said AS (
+        SELECT DISTINCT
+            number,
+            unnest(list_transform(
+                regexp_extract_all(concat_ws(chr(10), observation, messages), $pattern), lambda x: lower(x)
+            )) AS phrase
+        FROM steps
+        JOIN asked_episodes USING (episode_id)
+        WHERE NOT is_final_observation
+    )
+    SELECT phrase, list(number ORDER BY number)
+    FROM said
+    GROUP BY phrase
+    HAVING count(*) >= $fewest
+    ORDER BY phrase
+"""
+
 
 def values(run_id: str, replay: Replay, tokens: Tokens, estimates: Estimates, gamma: float) -> pa.Table:
     """Rows of the table `values`, one for every step and final observation; what is unknown is null.
@@ -31,10 +53,7 @@ def values(run_id: str, replay: Replay, tokens: Tokens, estimates: Estimates, ga
     """
     n = len(replay)
     v = np.where(tokens.usable, estimates.v, np.nan)
-    next_v = np.where(replay.steps_to_end > 0, np.roll(v, -1), np.nan)
-    reward, continues = torch.from_numpy(replay.reward), torch.from_numpy((~replay.terminated).astype(np.float64))
-    td = td_residuals(reward, continues, torch.from_numpy(v), torch.from_numpy(next_v), gamma=gamma).numpy()
-    td = np.where(replay.acted & replay.bootstraps, td, np.nan)
+    td = td_errors(v, replay, gamma)
     q, ensemble = np.full(n, np.nan), pa.nulls(n)
     if estimates.q is not None and estimates.ensemble is not None:
         acted = np.asarray(tokens.acted)
@@ -78,18 +97,88 @@ def candidate_values(
         return cursor.sql(_NAMED).to_arrow_table()
 
 
+def stated_rewards(db: duckdb.DuckDBPyConnection, episodes: Sequence[str]) -> dict[str, Array]:
+    """Phrases that state a reward (`leaks.REWARD_WORDS`) on pages before an action: the numbers of their episodes.
+
+    Phrases of fewer than `leaks.FEWEST` of the `episodes` are left out.
+    """
+    with db.cursor() as cursor:
+        numbered = pa.table({"episode_id": pa.array(episodes, pa.string()), "number": np.arange(len(episodes))})
+        cursor.register("asked_episodes", numbered)
+        found = cursor.execute(_STATED, {"pattern": leaks.REWARD_WORDS, "fewest": leaks.FEWEST}).fetchall()
+    return {phrase: np.array(numbers) for phrase, numbers in found}
+
+
 def compare(
-    store: Store, run_id: str, replay: Replay, tokens: Tokens, estimates: dict[str, Estimates]
-) -> dict[str, dict[str, float]]:
-    """Judge every estimate on both sides of the split; all rows go to `diagnostics`, the held-out ones are returned."""
+    store: Store, run_id: str, replay: Replay, tokens: Tokens, estimates: dict[str, Estimates], *, gamma: float,
+    extra: Mapping[str, float] | None = None, site: Array | None = None,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Judge every estimate on both sides of the split; the held-out side is returned, or the only one.
+
+    In the table `diagnostics`: suite `fit`, a row for each number of each of the `estimates`; suite `parts`, numbers of
+    the first, the run's own, by turn, site and steps to the end, the part in `extra`.
+
+    Args:
+        extra: numbers of the run's own critic that were measured elsewhere.
+        site: [E], None where not logged.
+    """
     rows, table = [], {}
     for split, mask in (("train", ~replay.held_out_rows), ("held_out", replay.held_out_rows)):
-        for critic in estimates if mask.any() else ():
-            table[critic] = judge(estimates[critic], replay, tokens, mask)
-            row = {"run_id": run_id, "suite": "fit", "split": split, "group": critic, "n": int(mask.sum())}
-            rows += [{**row, "name": k, "value": None if np.isnan(v) else v} for k, v in table[critic].items()]
+        for i, critic in enumerate(estimates if mask.any() else ()):
+            row = {"run_id": run_id, "split": split, "group": critic}
+            table[critic] = judge(estimates[critic], replay, tokens, mask, gamma=gamma)
+            if i == 0:
+                table[critic] |= extra or {}
+                parts = by_part(estimates[critic], replay, tokens, mask, gamma=gamma, site=site)
+                rows += [
+                    {**row, "suite": "parts", "name": k, "value": _null(v), "n": n, "extra": json.dumps(part)}
+                    for k, v, n, part in parts
+                    if n
+                ]
+            row |= {"suite": "fit", "n": int(mask.sum())}
+            rows += [{**row, "name": k, "value": _null(v)} for k, v in table[critic].items()]
     store.append("diagnostics", rows)
     return table
+
+
+def log_alarms(db: duckdb.DuckDBPyConnection, replay: Replay, tokens: Tokens) -> list[Alarm]:
+    """What the logs of a selection give away (`alarms.of_logs`)."""
+    told = leaks.telling(stated_rewards(db, replay.episode_ids), replay.success, replay.tasks)
+    return alarms.of_logs(told, leaks.shared_starts(replay, tokens), leaks.both_sides(replay))
+
+
+def critic_alarms(
+    store: Store, run_id: str, replay: Replay, tokens: Tokens, estimates: dict[str, Estimates],
+    table: dict[str, dict[str, float]], of_logs: Sequence[Alarm],
+) -> tuple[dict[str, Measured], list[Alarm]]:  # fmt: skip
+    """What is compared of the run's own critic, with intervals, and all alarms, those of its logs at the end.
+
+    In the table `diagnostics`: suites `intervals` and `alarms`; sentence and threshold of an alarm stand in `extra`.
+
+    Args:
+        estimates, table: as `compare` took and returned them.
+    """
+    held_out = bool(replay.held_out.any())
+    mask = replay.held_out_rows if held_out else np.ones(len(replay), bool)
+    critic, own = next(iter(estimates.items()))
+    baselines = {k: v for k, v in estimates.items() if k in ("q_mc", "position_only") and k != critic}
+    found = intervals(own, replay, tokens, mask, baselines)
+    raised = alarms.of_critic(critic, table[critic], found, behaviour=critic in alarms.OF_BEHAVIOUR)
+    raised += of_logs
+    row = {"run_id": run_id, "split": "held_out" if held_out else "train", "group": critic, "n": int(mask.sum())}
+    rows = [
+        {**row, "suite": "intervals", "name": k, "value": _null(m.value), "low": _null(m.low), "high": _null(m.high)}
+        for k, m in found.items()
+    ]
+    for a in raised:
+        said = json.dumps({"sentence": a.sentence, "threshold": a.threshold})
+        rows.append({**row, "suite": "alarms", "name": a.name, "value": _null(a.value), "extra": said})
+    store.append("diagnostics", rows)
+    return found, raised
+
+
+def _null(x: float) -> float | None:
+    return None if np.isnan(x) else x
 
 
 def _episode_ids(replay: Replay) -> pa.Array:

@@ -1,5 +1,7 @@
 """Every question of analysis/ on a small store whose answers are worked out by hand."""
 
+import json
+
 import pytest
 
 from offline_lm import paths, query
@@ -68,6 +70,16 @@ def store(tmp_path_factory):
         store.append("values", rows)
         store.append("candidate_values", others)
         store.append("runs", [{"run_id": run, "status": "finished"}])
+        row = {"run_id": run, "split": "test", "group": "q_mc", "name": "dead_head"}
+        said = json.dumps({"sentence": f"{run}: a dead head", "threshold": 0.05})
+        store.append("diagnostics", [{**row, "suite": "alarms", "value": 0.01, "extra": said}])
+        store.append("diagnostics", [{**row, "suite": "fit", "name": "spread", "value": 0.01}])
+    about = {"run_id": "credit-1", "suite": "credit", "group": "td exact", "n": 5}
+    for seed, sign in enumerate((0.5, 1.0)):
+        figures = {"scale": 0.5, "bias_squared": 0.09, "action_bias_squared": -0.01, "variance": 0.16}
+        figures |= {"sign_accuracy": sign, "correlation": 0.8}
+        key = json.dumps({"horizon": 5, "method": "td", "critic": "exact", "lam": 0, "seed": seed})
+        store.append("diagnostics", [about | {"name": k, "value": v, "extra": key} for k, v in figures.items()])
     return store
 
 
@@ -96,16 +108,39 @@ def test_the_header_names_the_columns_and_the_parameters(store, name):
         assert db.extract_statements(sql)[0].named_parameters == set(query.declared(sql))
 
 
-def test_all_seven_questions_are_there():
+def test_all_questions_are_there():
     assert QUESTIONS == [
+        "alarms.sql",
         "best_candidates.sql",
         "by_task.sql",
         "calibration.sql",
+        "credit.sql",
         "decisive_steps.sql",
         "log_quality.sql",
         "mid_episode_auc.sql",
         "where_value_was_lost.sql",
     ]
+
+
+def test_alarms(store):
+    dead = {"critic": "q_mc", "split": "test", "alarm": "dead_head", "value": 0.01, "threshold": 0.05}
+    assert ask(store, "alarms.sql") == [{**dead, "sentence": "new: a dead head"}]
+    assert ask(store, "alarms.sql", run="old") == [{**dead, "sentence": "old: a dead head"}]
+
+
+def test_credit(store):
+    (row,) = ask(store, "credit.sql")
+    assert [row[key] for key in ("horizon", "method", "critic", "lam", "steps", "seeds")] == [
+        5,
+        "td",
+        "exact",
+        0,
+        10,
+        2,
+    ]
+    figures = ("bias", "action_bias", "sd", "rmse", "sign_accuracy", "sign_accuracy_sd", "correlation")
+    assert [row[key] for key in figures] == pytest.approx([0.6, 0, 0.8, 1, 0.75, 0.125**0.5, 0.8])
+    assert ask(store, "credit.sql", measurement="none") == []
 
 
 def test_decisive_steps_by_advantage(store):

@@ -217,7 +217,8 @@ def test_a_run_with_outcomes_on_one_side_is_refused(tmp_path, side):
 def test_logs_in_a_judgement_out(tmp_path, capsys):
     with gzip.open(paths.CONF.parent / "datasets" / "shop" / "sample.jsonl.gz", "rb") as sample:
         (tmp_path / "shop.jsonl").write_bytes(b"".join(sample.readlines()[:24]))
-    small = "model.vocab_size=400 model.width=32 model.layers=1 model.attention_heads=2 model.stage.tokens=2000"
+    small = "model=tiny model.stage.tokens=2000 model.vocab_size=400 model.width=32 model.layers=1"
+    small += " model.attention_heads=2"
     arguments = [
         *("suite=real", f"real.path={tmp_path / 'shop.jsonl'}", f"workdir={tmp_path}", "seeds=[0]", "algos=[q_mc]"),
         *("real.models=['tiny data.history=1']", "real.resamples=20", "json=true"),

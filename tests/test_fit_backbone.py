@@ -10,7 +10,8 @@ import offline_lm
 from offline_lm import fit, ingest, paths
 
 SMALL = [
-    *("model.vocab_size=400", "model.width=32", "model.layers=2", "model.attention_heads=2", "model.stage.tokens=3000"),
+    *("model=tiny", "model.stage.tokens=3000", "model.vocab_size=400"),
+    *("model.width=32", "model.layers=2", "model.attention_heads=2"),
     *("data.where='task_id IN (SELECT DISTINCT task_id FROM episodes ORDER BY 1 LIMIT 4)'", "data.max_tokens=256"),
     *("optim.batch_tokens=4000", "optim.warmup=1", "optim.steps=3", "optim.lr=1e-2", "threads=1", "logger=none"),
     *("baselines=false", "json=true"),

@@ -11,7 +11,8 @@ from offline_lm import _fit_checks, cli, fit, ingest, paths, query, score
 from offline_lm.store import Store
 
 SMALL = ("optim.steps=2", "baselines=false", "logger=none", "threads=1")
-TINY = ("model.stage.tokens=200", "model.vocab_size=300", "model.width=32", "model.layers=1", "model.attention_heads=2")
+TINY = ("model=tiny", "model.stage.tokens=200", "model.vocab_size=300", "model.width=32")
+TINY += ("model.layers=1", "model.attention_heads=2")
 
 
 def _log(file):

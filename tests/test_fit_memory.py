@@ -17,7 +17,8 @@ from offline_lm._fit_memory import Peaks
 from offline_lm.envs.shop import Site, Task, record
 
 SMALL = [
-    *("model.vocab_size=400", "model.width=32", "model.layers=1", "model.attention_heads=2", "model.stage.tokens=2000"),
+    *("model=tiny", "model.stage.tokens=2000", "model.vocab_size=400"),
+    *("model.width=32", "model.layers=1", "model.attention_heads=2"),
     *("optim.batch_size=64", "optim.steps=3", "threads=1", "logger=none", "json=true"),
 ]
 CHECKOUT = Path(__file__).resolve().parent.parent

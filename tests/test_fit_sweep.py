@@ -11,7 +11,8 @@ from offline_lm import fit, ingest
 from offline_lm.envs.shop import Site, Task, record
 
 SMALL = [
-    *("model.vocab_size=400", "model.width=32", "model.layers=1", "model.attention_heads=2", "model.stage.tokens=4000"),
+    *("model=tiny", "model.stage.tokens=4000", "model.vocab_size=400"),
+    *("model.width=32", "model.layers=1", "model.attention_heads=2"),
     *("optim.batch_size=64", "optim.warmup=2", "optim.steps=30", "optim.log_every=10", "threads=1", "logger=none"),
 ]
 

@@ -12,7 +12,8 @@ from offline_lm.errors import UserError
 from offline_lm.models.critic import Critic
 
 SMALL = [
-    *("model.vocab_size=400", "model.width=32", "model.layers=1", "model.attention_heads=2", "model.stage.tokens=2000"),
+    *("model=tiny", "model.stage.tokens=2000", "model.vocab_size=400"),
+    *("model.width=32", "model.layers=1", "model.attention_heads=2"),
     *("optim.batch_size=64", "optim.warmup=2", "optim.steps=10", "threads=1", "logger=none", "baselines=false"),
     *("data.context=turns", "data.max_tokens=400", "json=true"),
 ]

@@ -12,7 +12,7 @@ from offline_lm.ope.diagnostics import Estimates, judge
 from offline_lm.store import Store
 from offline_lm.store.ingest import add
 from offline_lm.types import Candidate, Episode, Step
-from offline_lm.values import candidate_values, compare, values
+from offline_lm.values import candidate_values, compare, critic_alarms, log_alarms, stated_rewards, values
 
 GAMMA = 0.5
 OFFER = tuple(Candidate(action=a) for a in ("back", "click", "back"))
@@ -132,7 +132,7 @@ def test_both_sides_are_judged_and_the_held_out_one_is_returned(logged):
     store, _, replay, tokens = logged
     sides = replace(replay, held_out=np.array([task == "won" for task in replay.tasks]))
     said = {"mine": estimates(replay, tokens), "constant": Estimates(np.full(len(replay), 0.5), None)}
-    table = compare(store, "judged", sides, tokens, said)
+    table = compare(store, "judged", sides, tokens, said, gamma=GAMMA, extra={"rank_v": 7.0})
     assert set(table) == {"mine", "constant"}
     v = said["mine"].v[sides.held_out_rows]
     assert table["mine"]["v_rmse"] == pytest.approx(np.sqrt(np.mean((v - [0.5, 1.0]) ** 2)))
@@ -140,8 +140,67 @@ def test_both_sides_are_judged_and_the_held_out_one_is_returned(logged):
         rows = db.execute(
             "SELECT \"group\", split, value, n FROM diagnostics WHERE run_id = 'judged' AND name = 'v_rmse'"
         ).fetchall()
-    train = judge(said["constant"], sides, tokens, ~sides.held_out_rows)["v_rmse"]
+    train = judge(said["constant"], sides, tokens, ~sides.held_out_rows, gamma=GAMMA)["v_rmse"]
     got = {(critic, split): (value, n) for critic, split, value, n in rows}
     assert got["constant", "train"] == (pytest.approx(train), 5)
     assert got["mine", "held_out"] == (pytest.approx(table["mine"]["v_rmse"]), 2)
     assert len(got) == 4
+
+
+def test_numbers_by_turn_and_site_stand_beside(logged):
+    store, _, replay, tokens = logged
+    said = {"mine": estimates(replay, tokens)}
+    site = np.array(["shop", None, None], object)
+    compare(store, "parts", replay, tokens, said, gamma=GAMMA, extra={"rank_v": 7.0}, site=site)
+    with store.connect() as db:
+        rows = db.sql("SELECT suite, name, value, n, extra FROM diagnostics WHERE run_id = 'parts'").fetchall()
+    own = {name: value for suite, name, value, _, _ in rows if suite == "fit"}
+    assert own["rank_v"] == 7.0
+    parts = {(name, extra): (value, n) for suite, name, value, n, extra in rows if suite == "parts"}
+    v, g = said["mine"].v[replay.acted], replay.returns[replay.acted]
+    first = np.array([0, 2, 4])  # of the decisions
+    assert parts["v_bias", '{"turn": "0"}'] == (pytest.approx((v - g)[first].mean()), 3)
+    assert parts["v_bias", '{"site": "shop"}'] == (pytest.approx((v - g)[:2].mean()), 2)
+    assert parts["td_rms", '{"steps_to_end": "1"}'][1] == 3
+
+
+def test_alarms_are_rows_with_their_sentences(logged):
+    store, db, replay, tokens = logged
+    dead = Estimates(np.full(len(replay), 0.5), np.full(len(tokens.response_ptr) - 1, 0.5))
+    table = compare(store, "alarmed", replay, tokens, {"q_mc": dead}, gamma=GAMMA)
+    compared, raised = critic_alarms(
+        store, "alarmed", replay, tokens, {"q_mc": dead}, table, log_alarms(db, replay, tokens)
+    )
+    assert compared == {}  # three episodes are too few
+    assert {alarm.name for alarm in raised} == {"dead_head"}
+    with store.connect() as read:
+        rows = read.sql(
+            "SELECT name, \"group\", split, value, extra ->> 'sentence', (extra ->> 'threshold')::DOUBLE"
+            " FROM diagnostics WHERE run_id = 'alarmed' AND suite = 'alarms'"
+        ).fetchall()
+    want = [(a.name, "q_mc", "train", a.value, a.sentence, a.threshold) for a in raised]
+    assert sorted(rows) == sorted(want)
+
+
+def test_rewards_that_pages_state(tmp_path):
+    store = Store.create(tmp_path / "store")
+    pages = {"won": "Your Score: 1.0", "lost": "Score: 0.5", "cut": "score:  1.0 and Score: 1.0"}
+
+    def played(name, page):
+        steps = (
+            Step(step=0, observation=f"start of {name}", action="go", reward=0.0),
+            Step(step=1, observation=page, action="stop", reward=1.0, terminated=True),
+            Step(step=2, observation="reward: 7", is_final_observation=True),
+        )
+        return Episode(source="test", native_id=name, task_id=name, goal="g", steps=steps, success=True)
+
+    log = [played(f"{kind}{i}", page) for kind, page in pages.items() for i in range(6 if kind == "won" else 3)]
+    assert add(store, log)["accepted"] == 12
+    with store.connect() as db:
+        replay = select(db, where="true", gamma=GAMMA, truncated="outcome", held_out=0.0, seed=0)
+        said = stated_rewards(db, replay.episode_ids)
+        assert set(said) == {"score: 1.0"}  # the others stand in three episodes, or at an end
+        won = {i for i, task in enumerate(replay.tasks) if task[:3] in ("won", "cut")}
+        assert set(said["score: 1.0"].tolist()) == won
+        assert len(said["score: 1.0"]) == len(won)
+        assert stated_rewards(db, replay.episode_ids[:3]) == {}

@@ -16,7 +16,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
 # The smallest run that still trains every stage.
 FIT_SMALL = [
-    *("model.vocab_size=300", "model.width=32", "model.layers=1", "model.stage.tokens=2000"),
+    *("model=tiny", "model.vocab_size=300", "model.width=32", "model.layers=1", "model.stage.tokens=2000"),
     *("optim.steps=20", "optim.batch_size=16", "optim.warmup=2"),
 ]
 

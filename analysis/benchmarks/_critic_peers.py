@@ -216,7 +216,17 @@ def padded_pass(body: Any, width: int, trajectory: Trajectory, outcome: dict[str
         ids, mask = padded([torch.cat(pair) for pair in zip(trajectory.states, trajectory.actions, strict=True)])
         hidden = last_hidden(body, ids, mask)
         states, actions = hidden[rows, at_v], hidden[rows, mask.sum(1) - 1]
-        batch = Batch(states, actions, states.detach(), actions.detach(), **outcome)  # type: ignore[arg-type]
+        none = states[:0].detach()
+        batch = Batch(
+            states,
+            actions,
+            states.detach(),
+            actions.detach(),
+            candidates=none,
+            target_candidates=none,
+            candidate_of=torch.zeros(0, dtype=torch.long),
+            **outcome,
+        )  # type: ignore[arg-type]
         optimizer.zero_grad()
         torch.stack(list(algo.loss(heads, target, batch).values())).sum().backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -209,12 +209,12 @@ def ours_rows(data: Data, optim: Optim) -> dict[str, Callable[[], int]]:
 def peer(transitions: Any, stock: bool, batch_size: int, updates: int) -> Callable[[], int]:
     import d3rlpy
 
-    from offline_lm.interop.d3rlpy import iql
+    from offline_lm.interop.d3rlpy import create
 
     algo = (
         d3rlpy.algos.IQLConfig(gamma=GAMMA, expectile=TAU, tau=POLYAK).create()
         if stock
-        else iql(gamma=GAMMA, tau=TAU, polyak=POLYAK, lr=LR)
+        else create("IQL", gamma=GAMMA, tau=TAU, polyak=POLYAK, lr=LR)
     )
     algo.build_with_dataset(transitions)
 

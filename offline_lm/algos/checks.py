@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 
@@ -14,3 +15,24 @@ def check_share(name: str, value: Any, *, ends: bool = True) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0 <= value <= 1 or (not ends and value in (0, 1)):
         raise ValueError(f"{name}={value}: a number {'from 0 to 1' if ends else 'between 0 and 1'} is wanted")
+
+
+def check_at_least_0(name: str, value: Any) -> None:
+    """A finite number from 0.
+
+    Raises:
+        ValueError: as for `check_share`.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value < math.inf:
+        raise ValueError(f"{name}={value}: a number from 0 is wanted")
+
+
+def check_count(name: str, value: Any) -> None:
+    """A whole number from 1.
+
+    Raises:
+        ValueError: as for `check_share`.
+    """
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name}={value}: a whole number from 1 is wanted")

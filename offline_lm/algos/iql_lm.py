@@ -32,6 +32,7 @@ class IQL:
     polyak: float
 
     trains_q: ClassVar[bool] = True
+    needs_candidates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_share("gamma", self.gamma)
@@ -39,12 +40,17 @@ class IQL:
         check_share("polyak", self.polyak)
 
     def loss(self, critic: Heads, target: Heads, batch: Batch) -> dict[str, Tensor]:
-        with torch.no_grad():
-            q_bar = ensemble_min(target.q_values(batch.target_actions))
-            v_next = next_values(target.values(batch.target_states), batch.offsets)
-            y = td_target(batch.reward, batch.continues, v_next, gamma=self.gamma)
-        known = batch.acted & batch.bootstrap_mask
+        q_bar, y, known = targets(target, batch, self.gamma)
         return {
             "v": critic.v.expectile(critic.v(batch.states), q_bar, self.tau, known),
             "q": critic.q.regress(critic.q(batch.actions), y, known),
         }
+
+
+@torch.no_grad()
+def targets(target: Heads, batch: Batch, gamma: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What V and Q follow, min_i Q̄_i(s, a) and r + gamma * continue * V̄(s'), and where they are known; each [n]."""
+    q_bar = ensemble_min(target.q_values(batch.target_actions))
+    v_next = next_values(target.values(batch.target_states), batch.offsets)
+    y = td_target(batch.reward, batch.continues, v_next, gamma=gamma)
+    return q_bar, y, batch.acted & batch.bootstrap_mask

@@ -25,6 +25,7 @@ class QMC:
     polyak: float
 
     trains_q: ClassVar[bool] = True
+    needs_candidates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_share("gamma", self.gamma)

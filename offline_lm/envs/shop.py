@@ -22,7 +22,10 @@ from offline_lm.envs import exact
 from offline_lm.envs.exact import End, Move, State, TextMDP, pick
 
 BENCHMARK = "shop"
-STEP_LIMIT = 15
+HORIZON = 5
+"""Clicks of the longest of the shortest ways to a target: search, next page, product, size, buy."""
+STEPS_PER_CLICK = 3
+"""The step limit is this many times the horizon."""
 WRONG_SIZE = 0.3
 """Reward for the right product in the wrong size, or in none."""
 
@@ -101,12 +104,18 @@ class Site:
 class Task:
     """One goal on one site.
 
+    Args:
+        horizon: clicks of the shortest way to the target, or one more than it takes; 5 or more. The products of the
+            target's kind lie on the last two of its `horizon` - 3 pages of results; the pages before them are empty.
+
     Attributes:
         target: the product that the goal names, an index into `products`; `size` is its size.
         mdp: the task as tables.
     """
 
-    def __init__(self, site: Site, number: int) -> None:
+    def __init__(self, site: Site, number: int, horizon: int = HORIZON) -> None:
+        if horizon < HORIZON:
+            raise ValueError(f"a way takes {HORIZON} clicks at least, not {horizon}")
         self.site, self.number = site, number
         rng = np.random.default_rng([site.seed, 1, number])
         noun, other = (str(w) for w in rng.choice(site.nouns, 2, replace=False))
@@ -129,13 +138,16 @@ class Task:
         mixed = [(c[2], m[0]), (c[0], m[1])]
         self.products += [Product(a, b, str(rng.choice(site.nouns)), int(rng.integers(3, 99))) for a, b in mixed]
         goal = str(rng.choice(_GOALS)).format(colour=colour, material=material, noun=noun, size=self.size)
+        last = horizon - 4
         self._shelves: dict[tuple[str, int], list[int]] = {
-            (noun, 0): [0, 1, 2], (noun, 1): [3, 4, 5], (other, 0): [6, 7, 8], ("deals", 0): [9, 10, 6],
+            **{(noun, page): [] for page in range(last - 1)},
+            (noun, last - 1): [0, 1, 2], (noun, last): [3, 4, 5], (other, 0): [6, 7, 8], ("deals", 0): [9, 10, 6],
         }  # fmt: skip
         self._rng = rng
         self.mdp = TextMDP.explore(
-            ("home",), self._view, benchmark=BENCHMARK, seed=site.seed, number=number, goal=goal, limit=STEP_LIMIT
-        )
+            ("home",), self._view, benchmark=BENCHMARK, seed=site.seed, number=number, goal=goal,
+            limit=STEPS_PER_CLICK * horizon,
+        )  # fmt: skip
 
     def _moves(self, state: State) -> list[Move]:
         w = self.site.wording
@@ -154,8 +166,9 @@ class Task:
                     (f"click[{self.products[i].title}]", ("product", i, None, state))
                     for i in self._shelves[shelf, page]
                 ]
-                if (shelf, 1 - page) in self._shelves:
-                    moves.append((f"click[{w['previous' if page else 'next']}]", ("results", shelf, 1 - page)))
+                for button, other in (("next", page + 1), ("previous", page - 1)):
+                    if (shelf, other) in self._shelves:
+                        moves.append((f"click[{w[button]}]", ("results", shelf, other)))
                 return [*moves, (f"click[{w['home']}]", home)]
             case ("product", i, size, results):
                 return [

@@ -1,20 +1,27 @@
-"""d3rlpy: our transitions as its data set, and its IQL with our networks. Nothing else here imports it."""
+"""d3rlpy: our transitions as its data set, its algorithms with our networks. Nothing else here imports it."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
+import d3rlpy.algos
 import numpy as np
 import torch
-from d3rlpy.algos import IQL, IQLConfig
+from d3rlpy.algos import IQL, QLearningAlgoBase
 from d3rlpy.constants import ActionSpace
 from d3rlpy.dataset import MDPDataset
 from d3rlpy.models.encoders import EncoderFactory, register_encoder_factory
 from d3rlpy.models.torch.encoders import Encoder, EncoderWithAction
+from d3rlpy.torch_utility import TorchMiniBatch
 from torch import Tensor, nn
 
 from offline_lm.errors import UserError
+from offline_lm.models.heads import Heads
 from offline_lm.types import Batch
+
+Algorithm = QLearningAlgoBase[Any, Any]
 
 
 def dataset(batch: Batch) -> MDPDataset:
@@ -47,7 +54,8 @@ def dataset(batch: Batch) -> MDPDataset:
     )
 
 
-def iql(
+def create(
+    name: str,
     *,
     gamma: float = 0.95,
     tau: float = 0.8,
@@ -57,27 +65,88 @@ def iql(
     hidden: int = 256,
     ensemble: int = 2,
     device: str = "cpu",
-) -> IQL:
-    """d3rlpy's IQL with the networks of `offline_lm.models.heads`; names as in `offline_lm.algos.iql_lm`.
+    width: int | None = None,
+    **options: Any,
+) -> Algorithm:
+    """An algorithm of d3rlpy for continuous actions, with the networks of `offline_lm.models.heads`.
 
-    What stays its own: a Gaussian actor over action features beside the critics, V(s') of the online network as
-    the bootstrap (ours is the target's), Adam without weight decay, and no clipping of gradients. Its names differ:
-    its `expectile` is our tau, its `tau` our polyak.
+    Names are as in `offline_lm.algos`. What stays its own: an actor over action features beside the critics, within
+    [-1, 1] of each; its targets (IQL bootstraps from V of the online network, where ours takes the target's); Adam
+    without weight decay, and no clipping of gradients. Its names differ: its `expectile` is our tau, its `tau` our
+    polyak.
+
+    Args:
+        name: of the class in `d3rlpy.algos`.
+        width: size of the features, for `update` without `fit`; None: what `fit` finds.
+        options: further fields of its configuration.
+
+    Raises:
+        UserError: its configuration has no such field, or refuses the value.
     """
     encoder = HeadEncoder(hidden)
-    config = IQLConfig(
-        batch_size=batch_size,
-        gamma=gamma,
-        expectile=tau,
-        tau=polyak,
-        n_critics=ensemble,
-        actor_learning_rate=lr,
-        critic_learning_rate=lr,
-        actor_encoder_factory=encoder,
-        critic_encoder_factory=encoder,
-        value_encoder_factory=encoder,
-    )
-    return config.create(device=device)
+    kind = getattr(d3rlpy.algos, f"{name}Config")
+    known = {field.name for field in dataclasses.fields(kind)}
+    if unknown := sorted(options.keys() - known):
+        raise UserError(f"{name} of d3rlpy has no {', '.join(unknown)}: there are {', '.join(sorted(known))}")
+    wanted = {
+        "batch_size": batch_size, "gamma": gamma, "expectile": tau, "tau": polyak, "n_critics": ensemble,
+        "actor_learning_rate": lr, "critic_learning_rate": lr, "actor_encoder_factory": encoder,
+        "critic_encoder_factory": encoder, "value_encoder_factory": encoder,
+    }  # fmt: skip
+    config = kind(**{key: value for key, value in wanted.items() if key in known} | options)
+    algorithm = config.create(device=device)
+    if width is not None:
+        algorithm.create_impl((width,), width)
+    return algorithm
+
+
+def update(algorithm: Algorithm, batch: Batch, step: int) -> dict[str, float]:
+    """One update on the transitions of `batch` that have a target; its losses, none if no transition has one."""
+    usable = (batch.acted & batch.bootstrap_mask).nonzero()[:, 0]
+    if not len(usable):
+        return {}
+    following = (usable + 1).clamp_max(len(batch.acted) - 1)  # behind a terminal it does not count
+    column = batch.reward[usable, None]
+    mini_batch = TorchMiniBatch(
+        observations=batch.states[usable], actions=batch.actions[usable], rewards=column,
+        next_observations=batch.states[following], next_actions=batch.actions[following],
+        returns_to_go=batch.returns[usable, None], terminals=1 - batch.continues[usable, None],
+        intervals=torch.ones_like(column), device=str(batch.states.device),
+    )  # fmt: skip
+    return _impl(algorithm).update(mini_batch, step)
+
+
+@torch.no_grad()
+def q_values(algorithm: Algorithm, actions: Tensor) -> Tensor:
+    """Q [k, n] of action features [n, d]; they hold the state."""
+    return torch.stack([q(actions, actions).q_value[:, 0] for q in _impl(algorithm).modules.q_funcs])
+
+
+def has_v(algorithm: Algorithm) -> bool:
+    """Whether it learns a V: IQL alone does."""
+    return isinstance(algorithm, IQL)
+
+
+@torch.no_grad()
+def read(algorithm: Algorithm, heads: Heads) -> None:
+    """Copy the networks of a trained algorithm into heads of the same sizes: Q, and V where it has one."""
+    modules = _impl(algorithm).modules
+    pairs = [(heads.q, list(modules.q_funcs))]
+    if has_v(algorithm):
+        pairs.append((heads.v, [modules.value_func]))
+    for head, networks in pairs:
+        for k, network in enumerate(networks):
+            linears = [m for m in network._encoder.layers if isinstance(m, nn.Linear)] + [network._fc]
+            for weight, bias, linear in zip(head.weights, head.biases, linears, strict=True):
+                weight[k].copy_(linear.weight.T)
+                bias[k, 0].copy_(linear.bias)
+
+
+def _impl(algorithm: Algorithm) -> Any:
+    """Its networks, which `create` with a width, or `fit`, has made."""
+    if algorithm.impl is None:
+        raise ValueError("no networks yet: create it with the width of the features")
+    return algorithm.impl
 
 
 @dataclass()

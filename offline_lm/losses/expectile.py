@@ -32,9 +32,10 @@ def iql_value_loss(
     q_min: Float[Tensor, " n"],
     tau: float,
     mask: Bool[Tensor, " n"] | None = None,
+    weight: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean over steps of ``L2^tau(min_i Q_i(s, a) - V(s))`` (Kostrikov et al. 2021, eq. 5).
+    """Mean over steps of ``L2^tau(min_i Q_i(s, a) - V(s))`` (Kostrikov et al. 2021, eq. 5), weighted by ``weight``.
 
     ``q_min`` is `offline_lm.losses.td.ensemble_min` of the *target* ensemble; no gradient flows into it.
     """
-    return masked_mean(expectile_loss(masked_difference(q_min, values, mask), tau), mask)
+    return masked_mean(expectile_loss(masked_difference(q_min, values, mask), tau), mask, weight)

@@ -100,13 +100,14 @@ def hl_gauss_loss(
     y: Float[Tensor, " n"],
     support: Support,
     mask: Bool[Tensor, " n"] | None = None,
+    weight: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean over steps of the cross-entropy to the HL-Gauss target, summed over an ensemble.
+    """Mean over steps, weighted by ``weight``, of the cross-entropy to the HL-Gauss target, summed over an ensemble.
 
     Raises:
         ValueError: shapes disagree.
     """
-    return masked_mean(_cross_entropy(logits, y, support, mask), mask)
+    return masked_mean(_cross_entropy(logits, y, support, mask), mask, weight)
 
 
 def hl_gauss_expectile_loss(
@@ -115,6 +116,7 @@ def hl_gauss_expectile_loss(
     support: Support,
     tau: float,
     mask: Bool[Tensor, " n"] | None = None,
+    weight: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, ""]:
     """The value loss of IQL for a categorical value: cross-entropy weighted by ``|tau - 1(u < 0)|``.
 
@@ -129,4 +131,4 @@ def hl_gauss_expectile_loss(
     """
     entropy = _cross_entropy(logits, q_min, support, mask)
     diff = q_min.detach() - hl_gauss_mean(logits.detach(), support)
-    return masked_mean(expectile_weight(diff, tau) * entropy, mask)
+    return masked_mean(expectile_weight(diff, tau) * entropy, mask, weight)

@@ -7,22 +7,31 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-def masked_mean(x: Float[Tensor, "*k n"], mask: Bool[Tensor, " n"] | None = None) -> Float[Tensor, ""]:
+def masked_mean(
+    x: Float[Tensor, "*k n"], mask: Bool[Tensor, " n"] | None = None, weight: Float[Tensor, " n"] | None = None
+) -> Float[Tensor, ""]:
     """Mean of ``x`` over the steps where ``mask`` holds, summed over any leading (ensemble) axes.
 
-    Summing over the ensemble keeps the gradient of each member the same whatever its size. A mask that holds
-    nowhere gives 0 with zero gradients, so that a batch without a usable step leaves the parameters as they
-    are.
+    ``weight`` makes it the weighted mean, ``sum w x / sum w``, without gradient into the weights. Summing over the
+    ensemble keeps the gradient of each member the same whatever its size. A mask that holds nowhere gives 0 with zero
+    gradients, so that a batch without a usable step leaves the parameters as they are.
 
     Raises:
-        ValueError: the mask is not of the shape of the last axis of ``x``.
+        ValueError: mask or weight is not of the shape of the last axis of ``x``.
     """
+    if weight is not None and weight.shape != x.shape[-1:]:
+        raise ValueError(f"weights of shape {tuple(weight.shape)} for steps of shape {tuple(x.shape)}")
     if mask is None:
         mask = torch.ones(x.shape[-1:], dtype=torch.bool, device=x.device)
     if mask.shape != x.shape[-1:]:
         raise ValueError(f"mask of shape {tuple(mask.shape)} for steps of shape {tuple(x.shape)}")
     # where, not a product: 0 * NaN is NaN.
-    return x.where(mask, 0.0).sum() / mask.sum().clamp(min=1)
+    kept = x.where(mask, 0.0)
+    if weight is None:
+        return kept.sum() / mask.sum().clamp(min=1)
+    weight = weight.detach().where(mask, 0.0)
+    total = weight.sum()
+    return (weight * kept).sum() / total.where(total > 0, 1.0)
 
 
 def masked_difference(

@@ -178,6 +178,34 @@ def gae(
     return reverse_scan(gamma * lam * continues, delta, offsets)
 
 
+def n_step_returns(
+    rewards: Float[Tensor, " n"],
+    continues: Float[Tensor, " n"],
+    next_values: Float[Tensor, " n"],
+    offsets: Int[Tensor, " e+1"],
+    *,
+    gamma: float,
+    steps: int,
+) -> Float[Tensor, " n"]:
+    """``r_t + ... + gamma^(n-1) r_{t+n-1} + gamma^n V(s_{t+n})`` for n = ``steps`` (Sutton & Barto 2018, eq. 7.1).
+
+    Near an episode's end n is what is left of it. ``steps`` = 1 is `offline_lm.losses.td.td_target`.
+
+    Raises:
+        ValueError: ``steps`` is below 1.
+    """
+    if steps < 1:
+        raise ValueError(f"returns of {steps} steps: at least 1 is wanted")
+    held = _lengths(offsets, rewards.numel()) > 0
+    ends = offsets[1:][held] - 1
+    target = td_target(rewards, continues, next_values, gamma=gamma)
+    for _ in range(steps - 1):
+        following = target.roll(-1)
+        following[ends] = next_values[ends]
+        target = td_target(rewards, continues, following, gamma=gamma)
+    return target
+
+
 def lambda_returns(
     rewards: Float[Tensor, " n"],
     continues: Float[Tensor, " n"],

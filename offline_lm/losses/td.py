@@ -47,13 +47,18 @@ def td_error(values: Float[Tensor, "*k n"], target: Float[Tensor, " n"]) -> Floa
 
 
 def squared_loss(
-    prediction: Float[Tensor, "*k n"], target: Float[Tensor, " n"], mask: Bool[Tensor, " n"] | None = None
+    prediction: Float[Tensor, "*k n"],
+    target: Float[Tensor, " n"],
+    mask: Bool[Tensor, " n"] | None = None,
+    weight: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean over steps of ``(target - prediction)^2``, summed over an ensemble; no gradient into the target.
+    """Mean over steps, weighted by ``weight``, of ``(target - prediction)^2``, summed over an ensemble.
+
+    No gradient flows into the target.
 
     This is the Q loss of IQL (Kostrikov et al. 2021, eq. 6) for ``target = td_target(...)``.
     """
-    return masked_mean(masked_difference(target, prediction, mask).square(), mask)
+    return masked_mean(masked_difference(target, prediction, mask).square(), mask, weight)
 
 
 def mc_loss(

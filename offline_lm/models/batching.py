@@ -61,14 +61,23 @@ class CachedBatches:
     """Batches for heads on a frozen backbone; target features are the same tensors.
 
     Args:
+        candidates: whether batches hold the features of every candidate.
         resident: whether the features that heads are trained on are kept on `device`, or read from their file for every
             batch; "auto": kept, if they take at most a quarter of the memory that is free there.
     """
 
     def __init__(
-        self, features: Features, replay: Replay, tokens: Tokens, device: torch.device, *, resident: bool | str = "auto"
+        self,
+        features: Features,
+        replay: Replay,
+        tokens: Tokens,
+        device: torch.device,
+        *,
+        candidates: bool = False,
+        resident: bool | str = "auto",
     ) -> None:
         self.features, self.device = features, device
+        self.branch_ptr = np.asarray(tokens.branch_ptr) if candidates else None
         self.outcomes = Outcomes(replay, tokens, device)
         self.first = np.where(tokens.acted, tokens.branch_ptr[:-1], -1)
         size = 2 * len(features.v) * features.v.shape[1] * 4
@@ -86,7 +95,17 @@ class CachedBatches:
             states, actions = self._states.index_select(0, at), self._actions.index_select(0, at)
         else:
             states, actions = self._read(rows)
-        return Batch(states, actions, states, actions, **self.outcomes.of(rows, self.device))
+        options, owner = self._candidates(rows)
+        return Batch(
+            states, actions, states, actions,
+            candidates=options, target_candidates=options, candidate_of=owner, **self.outcomes.of(rows, self.device),
+        )  # fmt: skip
+
+    def _candidates(self, rows: Array) -> tuple[Tensor, Tensor]:
+        """Features of every action that is known at `rows`, and whose it is."""
+        branches, owner = branches_of(self.branch_ptr, rows)
+        options = torch.from_numpy(np.asarray(self.features.q[branches]))
+        return options.to(self.device), torch.from_numpy(owner).to(self.device)
 
     def _read(self, rows: Array) -> tuple[Tensor, Tensor]:
         """Features of the states and logged actions of `rows`; zeros where there is no action."""
@@ -95,6 +114,19 @@ class CachedBatches:
         first = self.first[rows]
         actions[first >= 0] = self.features.q[first[first >= 0]]
         return torch.from_numpy(states).to(self.device), torch.from_numpy(actions).to(self.device)
+
+
+def branches_of(branch_ptr: Array | None, rows: Array) -> tuple[Array, Array]:
+    """int64 [m] and [m]: the responses of `rows` one after the other, and which of the rows each belongs to.
+
+    None of them where `branch_ptr` is None.
+    """
+    if branch_ptr is None:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    counts = branch_ptr[rows + 1] - branch_ptr[rows]
+    owner = np.repeat(np.arange(len(rows)), counts)
+    begins = np.cumsum(counts) - counts
+    return np.arange(len(owner)) - begins[owner] + branch_ptr[rows][owner], owner
 
 
 def free_memory(device: torch.device) -> int:

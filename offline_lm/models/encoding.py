@@ -34,7 +34,9 @@ class _Loaded:
     layout: Layout
     at_v: Tensor
     at_q: Tensor
+    first: Tensor
     acted: Tensor
+    candidate_of: Tensor
     outcomes: dict[str, Tensor]
 
 
@@ -45,6 +47,7 @@ class EncodedBatches:
         target: a backbone of its own that follows the online one, which costs a second pass, without gradients; or
             None: target features are the online ones, detached, and only the heads have a target. That tracks less
             than what is trained (trap 8), and costs a quarter less.
+        candidates: whether every candidate is encoded, beside the logged actions.
         autocast: dtype to compute the backbone in, where that is not the dtype of its weights.
     """
 
@@ -56,7 +59,10 @@ class EncodedBatches:
         tokens: Tokens,
         device: torch.device,
         autocast: torch.dtype | None = None,
+        *,
+        candidates: bool = False,
     ) -> None:
+        self.candidates = candidates
         self.model, self.target, self.tokens, self.device, self.autocast = model, target, tokens, device, autocast
         self.outcomes = Outcomes(replay, tokens, device)
         self._ahead: _Loaded | None = None
@@ -75,31 +81,38 @@ class EncodedBatches:
     def __call__(self, rows: Array) -> Batch:
         ready = self._ahead
         loaded = ready if ready is not None and ready.rows is rows else self._load(rows)
-        states, actions = self._read(self.model, loaded)
+        states, actions, options = self._read(self.model, loaded)
         if self.target is None:
-            target_states, target_actions = states.detach(), actions.detach()
+            slow_states, slow_actions, slow_options = states.detach(), actions.detach(), options.detach()
         else:
             with torch.no_grad():
-                target_states, target_actions = self._read(self.target, loaded)
-        return Batch(states, actions, target_states, target_actions, **loaded.outcomes)
+                slow_states, slow_actions, slow_options = self._read(self.target, loaded)
+        return Batch(
+            states, actions, slow_states, slow_actions, candidates=options, target_candidates=slow_options,
+            candidate_of=loaded.candidate_of, **loaded.outcomes,
+        )  # fmt: skip
 
     def _load(self, rows: Array) -> _Loaded:
         acted = np.asarray(self.tokens.acted[rows])
-        first = self.tokens.branch_ptr[rows]
-        ids, layout = pack(
-            self.tokens, rows.tolist(), [[a] if has else [] for a, has in zip(first, acted, strict=True)]
-        )
-        on_device = (sent(x, self.device) for x in (ids, *layout.readouts(), torch.from_numpy(acted)))
-        ids, at_v, at_q, has = on_device
-        return _Loaded(rows, ids, layout, at_v, at_q, has, self.outcomes.of(rows, self.device))
+        begins, ends = (self.tokens.branch_ptr[rows + i].tolist() for i in (0, 1))
+        spans = zip(begins, ends, acted.tolist(), strict=True)
+        branches = [range(a, b) if self.candidates else range(a, a + has) for a, b, has in spans]
+        ids, layout = pack(self.tokens, rows.tolist(), branches)
+        counts = np.array([len(own) for own in branches])
+        first = (np.cumsum(counts) - counts)[acted]  # the executed action is the first of its state's
+        owner = np.repeat(np.arange(len(rows)), counts) if self.candidates else np.zeros(0, np.int64)
+        arrays = (torch.from_numpy(x) for x in (first, acted, owner))
+        ids, at_v, at_q, *moved = (sent(x, self.device) for x in (ids, *layout.readouts(), *arrays))
+        return _Loaded(rows, ids, layout, at_v, at_q, *moved, self.outcomes.of(rows, self.device))
 
-    def _read(self, model: Any, loaded: _Loaded) -> tuple[Tensor, Tensor]:
-        """Features of states and actions [n, d], float32 as heads and losses are; zeros where there is no action."""
+    def _read(self, model: Any, loaded: _Loaded) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of states, actions (zeros where there is none) and candidates, float32 as heads and losses are."""
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             hidden = hidden_states(model, loaded.ids, loaded.layout)
         states = hidden[loaded.at_v].float()
-        actions = torch.zeros_like(states).masked_scatter(loaded.acted[:, None], hidden[loaded.at_q].float())
-        return states, actions
+        read = hidden[loaded.at_q].float()
+        actions = torch.zeros_like(states).masked_scatter(loaded.acted[:, None], read[loaded.first])
+        return states, actions, read if self.candidates else read[:0]
 
 
 @contextmanager

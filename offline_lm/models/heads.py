@@ -74,19 +74,30 @@ class Head(nn.Module):
         """The values that raw outputs stand for."""
         return raw if self.support is None else hl_gauss_mean(raw, self.support)
 
-    def regress(self, raw: Tensor, target: Float[Tensor, " n"], mask: Bool[Tensor, " n"]) -> Float[Tensor, ""]:
+    def regress(
+        self,
+        raw: Tensor,
+        target: Float[Tensor, " n"],
+        mask: Bool[Tensor, " n"],
+        weight: Float[Tensor, " n"] | None = None,
+    ) -> Float[Tensor, ""]:
         """Squared error, or cross-entropy to the HL-Gauss target; masked mean, summed over the ensemble."""
         if self.support is None:
-            return squared_loss(raw, target, mask)
-        return hl_gauss_loss(raw, target, self.support, mask)
+            return squared_loss(raw, target, mask, weight)
+        return hl_gauss_loss(raw, target, self.support, mask, weight)
 
     def expectile(
-        self, raw: Tensor, target: Float[Tensor, " n"], tau: float, mask: Bool[Tensor, " n"]
+        self,
+        raw: Tensor,
+        target: Float[Tensor, " n"],
+        tau: float,
+        mask: Bool[Tensor, " n"],
+        weight: Float[Tensor, " n"] | None = None,
     ) -> Float[Tensor, ""]:
         """Expectile regression of an ensemble of one (Kostrikov 2021, eq. 5), or its HL-Gauss surrogate."""
         if self.support is None:
-            return iql_value_loss(raw[0], target, tau, mask)
-        return hl_gauss_expectile_loss(raw[0], target, self.support, tau, mask)
+            return iql_value_loss(raw[0], target, tau, mask, weight)
+        return hl_gauss_expectile_loss(raw[0], target, self.support, tau, mask, weight)
 
 
 def _uniform(k: int, fan_in: int, fan_out: int) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from scipy.stats import spearmanr
 
 from offline_lm.envs.exact import TextMDP
+from offline_lm.envs.play import Choose, play_texts
 from offline_lm.ope.diagnostics import kendall
 
 Array = np.ndarray
@@ -20,18 +21,28 @@ class Scorer(Protocol):
     def score(self, states: Any) -> Any: ...
 
 
-def exact(critic: Scorer, tasks: Sequence[TextMDP], *, gamma: float, tau: float | None) -> dict[str, float]:
+Estimand = Literal["behaviour", "expectile", "optimum"]
+"""What a critic's equations converge to on endless logs: the value of the policies that logged them, mixed; the
+expectile fixed point of IQL; or the value of the best policy."""
+
+
+def exact(
+    critic: Scorer, tasks: Sequence[TextMDP], *, gamma: float, estimand: Estimand, tau: float | None = None
+) -> dict[str, float]:
     """Exact-truth scores over *all* states of tasks that the critic has not seen, states weighted by the logs' visits.
 
     Args:
         gamma: the critic's discount.
-        tau: its expectile; None for a critic of the behaviour's value (its V target is then V of the behaviour).
+        estimand: what its V and Q estimate; tau: the expectile, where it is that.
 
     Returns:
         kendall: mean over states of Kendall's tau of Q over the candidates against Q*, over pairs that Q* orders;
         hit: share of states whose best candidate by Q is one of the best by Q*;
-        spearman_v: rank correlation over states of V with the value that it estimates (expectile fixed point or V of
-            the behaviour mixture), mean over tasks and pooled (`spearman_v_pooled`);
+        spearman_v: rank correlation over states of V with the value that it estimates, mean over tasks and pooled
+            (`spearman_v_pooled`);
+        rmse_v, rmse_q: root mean squared error of V, and of Q over the actions of a state, against what they estimate;
+        sign: share of state-action pairs where Q - V has the sign of the true advantage of what they estimate, over
+            pairs where that is not 0;
         behaviour, optimum, greedy: expected return within the step limit of the logs' policies, of the optimal one, and
             of the greedy policy of Q over candidates; gap_recovered: (greedy - behaviour) / (optimum - behaviour).
     """
@@ -41,7 +52,7 @@ def exact(critic: Scorer, tasks: Sequence[TextMDP], *, gamma: float, tau: float 
     for task in tasks:
         mixture = task.mixture()
         _, q_star = task.optimal(gamma)
-        v_true, _ = task.evaluate(mixture, gamma) if tau is None else task.expectile(mixture, gamma, tau)
+        v_true, q_true = _truth(task, mixture, gamma, estimand, tau)
         visits = np.mean([task.visitation(p) for p in task.behaviours().values()], axis=0)
         v, q = _score(critic, task)
         taus = np.array([kendall(q_star[s, m], q[s, m]) for s, m in enumerate(task.valid)])
@@ -51,18 +62,42 @@ def exact(critic: Scorer, tasks: Sequence[TextMDP], *, gamma: float, tau: float 
         pooled_v.append(v[seen])
         pooled_truth.append(v_true[seen])
         optimum = task.play(task.greedy(q_star))
+        advantage = q_true - v_true[:, None]
+        right = (q > v[:, None]) == (advantage > 0)
+        weight = np.broadcast_to(visits[:, None], q.shape)
+        decided = task.valid & (np.abs(advantage) > 1e-9)
+        q_error = np.nanmean((q - q_true) ** 2, axis=1)
         rows.append({
             "kendall": float(np.average(taus[ordered], weights=visits[ordered])),
             "hit": float(np.average(hits[ordered], weights=visits[ordered])),
             "spearman_v": _spearman(v[seen], v_true[seen]),
+            "mse_v": float(np.average((v - v_true) ** 2, weights=visits)),
+            "mse_q": float(np.average(q_error, weights=visits)),
+            "sign": float(np.average(right[decided], weights=weight[decided])),
             "behaviour": float(np.mean([task.play(p) for p in task.behaviours().values()])),
             "optimum": optimum,
-            "greedy": task.play(task.greedy(q)),
+            "greedy": play_texts(task, _best(critic)) if task.transcripts else task.play(task.greedy(q)),
         })  # fmt: skip
     out = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    out |= {f"rmse_{of}": float(np.sqrt(out.pop(f"mse_{of}"))) for of in "vq"}
     out["spearman_v_pooled"] = _spearman(np.concatenate(pooled_v), np.concatenate(pooled_truth))
     out["gap_recovered"] = (out["greedy"] - out["behaviour"]) / (out["optimum"] - out["behaviour"])
     return out
+
+
+def _best(critic: Scorer) -> Choose:
+    """The policy that takes the candidate with the highest Q."""
+    return lambda states: [int(np.argmax(score.q)) for score in critic.score(states)]
+
+
+def _truth(task: TextMDP, mixture: Array, gamma: float, estimand: Estimand, tau: float | None) -> tuple[Array, Array]:
+    if estimand == "optimum":
+        return task.optimal(gamma)
+    if estimand == "behaviour":
+        return task.evaluate(mixture, gamma)
+    if tau is None:
+        raise ValueError("the expectile of which tau?")
+    return task.expectile(mixture, gamma, tau)
 
 
 def _score(critic: Scorer, task: TextMDP) -> tuple[Array, Array]:

@@ -2,13 +2,15 @@
 
 import functools
 import math
+from dataclasses import replace
 
 import numpy as np
 import orjson
 import pytest
 
 from offline_lm.envs import exact, office, shop
-from offline_lm.envs.exact import End, TextMDP, expectile
+from offline_lm.envs.exact import End, Go, Move, State, TextMDP, expectile
+from offline_lm.envs.play import play_texts
 from offline_lm.logs.jsonl import read
 from offline_lm.types import Episode
 
@@ -63,6 +65,81 @@ def test_values_of_the_corridor_by_hand(corridor):
     np.testing.assert_allclose(careless, [[0.15, 0.85, 0], [0.1, 0.1, 0.8], [0.85, 0.15, 0]])
     # in three steps: right and window; stay, right and window; right, right and door
     assert corridor.play(careless) == pytest.approx(0.85 * 0.8 * 0.2 * 1.15 + 0.85 * 0.1 * 0.15)
+
+
+@pytest.fixture(scope="module")
+def toss():
+    """A toss that ends the game well or leads to a second state, which leads back; one of the two is the start."""
+    moves = {
+        ("a",): [("toss", [(0.25, End(2.0)), (0.75, Go(("b",), -1.0))])],
+        ("b",): [("back", Go(("a",), 0.5)), ("out", End(0.0))],
+    }
+    return TextMDP.explore(
+        [(0.6, ("a",)), (0.4, ("b",))], lambda s: (f"state {s[0]}", moves[s]),
+        benchmark="toss", seed=0, number=0, goal="Win.", limit=3, success=2.0,
+    )  # fmt: skip
+
+
+def test_chance_and_steps_that_earn_by_hand(toss):
+    assert toss.next.tolist() == [[-3, -2], [0, -1]]
+    assert toss.reward.tolist() == [[-0.25, 0], [0.5, 0]]
+    assert toss.transitions.toarray().tolist() == [[0, 0.75], [0, 0], [1, 0], [0, 0]]
+    v, q = toss.optimal(0.5)
+    np.testing.assert_allclose(v, [-1 / 13, 6 / 13], atol=1e-12)
+    np.testing.assert_allclose(q, [[-1 / 13, np.nan], [6 / 13, 0]], atol=1e-12)
+    policy = np.array([[1, 0], [1, 0.0]])
+    assert toss.visitation(policy).tolist() == pytest.approx([0.6 + 0.4 + 0.45, 0.4 + 0.45 + 0.3])
+    assert toss.play(policy) == pytest.approx(1.45 * -0.25 + 1.15 * 0.5)
+    assert toss.play(policy, 1) == pytest.approx(0.6 * -0.25 + 0.4 * 0.5)
+    assert play_texts(toss, lambda states: [0] * len(states)) == pytest.approx(toss.play(policy))
+
+
+def test_what_is_recorded_of_chance(toss):
+    toss = replace(toss, policies={"back": np.array([[1, 0], [1, 0.0]])})
+    episodes = list(exact.record([toss], 4000))
+    assert np.mean([e["steps"][0]["observation"] == "state a" for e in episodes]) == pytest.approx(0.6, abs=0.04)
+    tosses = [s["reward"] for e in episodes for s in e["steps"] if s["action"] == "toss"]
+    assert set(tosses) == {2.0, -1.0}
+    assert tosses.count(2.0) / len(tosses) == pytest.approx(0.25, abs=0.03)
+    returns = [sum(s["reward"] for s in e["steps"]) for e in episodes]
+    assert returns == [e["outcome_reward"] for e in episodes]
+    assert np.mean(returns) == pytest.approx(toss.play(toss.policies["back"]), abs=0.08)
+    assert all(e["success"] == e["terminated"] == (e["steps"][-1]["reward"] == 2.0) for e in episodes)
+    assert not any(e["success"] for e in exact.record([replace(toss, success=1.0)], 9))
+    assert {e["success"] for e in exact.record([replace(toss, success=None)], 9)} == {None}
+
+
+def test_a_transcript_goes_on_and_drops_its_oldest_lines():
+    moves: dict[State, list[Move]] = {
+        (0,): [("up", Go((1,), told="higher"))],
+        (1,): [("up", Go((1,), told="top"))],
+    }
+    tower = TextMDP.explore(
+        (0,), lambda s: ("ground", moves[s]), benchmark="t", seed=0, number=0, goal="", limit=3, lines=4
+    )
+    assert tower.pages == ["ground", "ground\nup\nhigher"]
+    (episode,) = exact.record([tower], 1)
+    pages = [step["observation"] for step in episode["steps"]] + [episode["final_observation"]]
+    assert pages == ["ground", "ground\nup\nhigher", "up\nhigher\nup\ntop", "up\ntop\nup\ntop"]
+    seen = []
+    play_texts(tower, lambda states: seen.extend(states) or [0])
+    assert [s["observation"] for s in seen] == pages[:3]
+    assert [s["history"] for s in seen] == [[], ["up"], ["up", "up"]]
+
+
+def test_chances_must_sum_to_one_and_values_must_exist(monkeypatch):
+    def one_action(after):
+        return TextMDP.explore(
+            (0,), lambda s: ("", [("x", after)]), benchmark="", seed=0, number=0, goal="", limit=1
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match="sum to 1"):
+        one_action([(0.5, End(1.0))])
+    cost = one_action(Go((0,), -1.0))
+    monkeypatch.setattr(exact, "_SWEEPS", 500)
+    assert cost.evaluate(np.ones((1, 1)), 0.5)[0] == pytest.approx([-2])
+    with pytest.raises(ValueError, match="for ever"):
+        cost.evaluate(np.ones((1, 1)), 1.0)
 
 
 # -- against other code ----------------------------------------------------------------------------------------

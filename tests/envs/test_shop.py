@@ -24,6 +24,23 @@ def test_the_way_to_the_target_by_hand(n):
     assert task(n).mdp.optimal(GAMMA)[0][0] == pytest.approx(GAMMA ** (clicks - 1))
 
 
+@pytest.mark.parametrize("horizon", [6, 12])
+def test_a_longer_way_by_hand(horizon):
+    """Search, next page until the last two, product, size, buy: what the target is worth shrinks by each click."""
+    for n in range(3):
+        t = Task(Site.draw(0), n, horizon)
+        clicks = horizon - 1 if t.target < 3 else horizon
+        assert t.mdp.optimal(GAMMA)[0][0] == pytest.approx(GAMMA ** (clicks - 1), abs=1e-12)
+        assert t.mdp.limit == 3 * horizon
+        empty = t.mdp.states.index(("results", t.nouns[0], 1 if horizon > 6 else 0))
+        assert not any(p.title in a for a in t.mdp.actions[empty] for p in t.products)
+        assert {p for _, p in (s[1:] for s in t.mdp.states if s[:2] == ("results", t.nouns[0]))} == {
+            *range(horizon - 3)
+        }
+    with pytest.raises(ValueError, match="takes 5 clicks at least, not 4"):
+        Task(Site.draw(0), 0, 4)
+
+
 def test_what_a_purchase_is_worth():
     t, mdp = task(), task().mdp
     index = {s: i for i, s in enumerate(mdp.states)}

@@ -35,6 +35,9 @@ def _batch(episodes, **over):
         "acted": torch.from_numpy(kind != "F"),
         "return_mask": torch.ones(n, dtype=torch.bool),
         "bootstrap_mask": torch.from_numpy((kind == ".") | (kind == "T")),
+        "candidates": states[:0],
+        "target_candidates": states[:0],
+        "candidate_of": torch.zeros(0, dtype=torch.long),
     }
     return Batch(states, actions, states, actions, **(columns | over))
 
@@ -79,7 +82,7 @@ def test_nothing_usable(d3):
 def test_iql_has_our_networks(d3):
     from offline_lm.models.heads import Heads
 
-    algo = d3.iql(gamma=0.9, tau=0.7, polyak=0.02, hidden=8, ensemble=3, batch_size=4)
+    algo = d3.create("IQL", gamma=0.9, tau=0.7, polyak=0.02, hidden=8, ensemble=3, batch_size=4)
     algo.build_with_dataset(d3.dataset(_batch(["..T"])))
     assert (algo.config.gamma, algo.config.expectile, algo.config.tau) == (0.9, 0.7, 0.02)
     modules = algo.impl.modules
@@ -94,7 +97,7 @@ def test_iql_has_our_networks(d3):
 
 def test_iql_learns_the_value_of_a_terminal_reward(d3):
     batch = _batch(["T"] * 8, reward=torch.tensor([1.0, 0.0] * 4))
-    algo = d3.iql(lr=1e-2, batch_size=16, hidden=16)
+    algo = d3.create("IQL", lr=1e-2, batch_size=16, hidden=16)
     data = d3.dataset(batch)
     algo.build_with_dataset(data)
     losses = [algo.update(data.sample_transition_batch(16))["q_loss"] for _ in range(60)]
@@ -111,3 +114,48 @@ def test_importing_leaves_logging_as_it_was():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["IQL", "TD3PlusBC"])
+def test_networks_become_heads(d3, name):
+    from offline_lm.models.heads import Heads
+
+    batch = _batch(["..T", ".L", "T"])
+    algo = d3.create(name, hidden=8, width=WIDTH)
+    losses = [d3.update(algo, batch, step) for step in range(1, 4)]
+    assert all(np.isfinite(list(one.values())).all() for one in losses)
+    heads = Heads(WIDTH, hidden=8)
+    v = heads.values(batch.states)
+    d3.read(algo, heads)
+    theirs = algo.predict_value(batch.states.numpy(), batch.actions.numpy())  # the mean of the ensemble
+    assert heads.q_values(batch.actions).mean(0).tolist() == pytest.approx(theirs.tolist(), abs=1e-6)
+    torch.testing.assert_close(heads.q_values(batch.actions), d3.q_values(algo, batch.actions))
+    own = algo.impl.modules.value_func(batch.states)[:, 0] if name == "IQL" else v
+    torch.testing.assert_close(heads.values(batch.states), own)
+
+
+def test_an_update_is_on_transitions_with_a_target_alone(d3):
+    """As on the same rows without the others; what is unknown must not reach it."""
+    whole, known = _batch([".T", "F", "T"]), _batch([".T", "T"])
+    picked = torch.tensor([0, 1, 3])
+    for name in ("states", "actions", "reward"):
+        getattr(known, name)[:] = getattr(whole, name)[picked]
+    whole.reward[2] = float("nan")
+    outcomes = []
+    for batch in (whole, known):
+        torch.manual_seed(0)
+        algo = d3.create("IQL", hidden=8, width=WIDTH)
+        outcomes.append(d3.update(algo, batch, 1)["q_loss"])
+    assert outcomes[0] == pytest.approx(outcomes[1])
+
+
+def test_a_batch_without_a_target_changes_nothing(d3):
+    algo = d3.create("IQL", hidden=8, width=WIDTH)
+    before = d3.q_values(algo, torch.ones(1, WIDTH))
+    assert d3.update(algo, _batch(["L", "F"]), 1) == {}
+    assert torch.equal(d3.q_values(algo, torch.ones(1, WIDTH)), before)
+
+
+def test_a_field_that_its_configuration_lacks_is_told(d3):
+    with pytest.raises(UserError, match="IQL of d3rlpy has no alpha: there are"):
+        d3.create("IQL", alpha=1.0)

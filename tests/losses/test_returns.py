@@ -1,5 +1,7 @@
 """Returns, advantages and bootstrapping, against numbers worked by hand and a plain loop."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from offline_lm.losses.returns import (
     discounted_returns,
     gae,
     lambda_returns,
+    n_step_returns,
     next_values,
     reverse_scan,
     td_residuals,
@@ -259,3 +262,29 @@ def test_shapes_that_do_not_fit_are_refused():
         reverse_scan(torch.ones(1), torch.ones(3), torch.tensor([0, 3]))
     with pytest.raises(ValueError, match="one last value an episode: 1 episodes"):
         reverse_scan(torch.ones(3), torch.ones(3), torch.tensor([0, 3]), torch.ones(3))
+
+
+def test_n_step_returns_by_hand():
+    rewards, continues = torch.tensor([1.0, 2, 3, 4, 5]), torch.tensor([1.0, 1, 0, 1, 1])
+    following, offsets = torch.tensor([10.0, 20, NAN, 40, 50]), torch.tensor([0, 3, 3, 5])
+    got = n_step_returns(rewards, continues, following, offsets, gamma=0.5, steps=2)
+    assert got.tolist() == [1 + 0.5 * (2 + 0.5 * 20), 2 + 0.5 * 3, 3, 4 + 0.5 * (5 + 0.5 * 50), 5 + 0.5 * 50]
+    with pytest.raises(ValueError, match="at least 1"):
+        n_step_returns(rewards, continues, following, offsets, gamma=0.5, steps=0)
+
+
+@settings(deadline=None)
+@given(ragged(), st.floats(0, 1), st.integers(1, 50))
+def test_n_step_returns_agree_with_a_loop(data, gamma, steps):
+    offsets, rewards, continues, _, following, _ = data
+    want = []
+    for first, end in itertools.pairwise(offsets.tolist()):
+        for t in range(first, end):
+            last = min(t + steps, end) - 1
+            total, share = 0.0, 1.0
+            for i in range(t, last + 1):
+                total += share * rewards[i].item()
+                share *= gamma * continues[i].item()
+            want.append(total + share * following[last].item())
+    got = n_step_returns(rewards, continues, following, offsets, gamma=gamma, steps=steps)
+    assert got.tolist() == pytest.approx(want)

@@ -64,3 +64,21 @@ def test_outcomes_are_the_columns_of_replay(shop):
     assert got["acted"].tolist() == (shop.replay.acted & shop.tokens.acted)[rows].tolist()
     assert got["reward"].dtype == torch.float32
     assert got["return_mask"].dtype == torch.bool
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_candidates_are_the_features_of_every_response_to_a_row(shop, feats, resident):
+    rows = np.r_[np.arange(*shop.replay.offsets[4:6]), np.arange(*shop.replay.offsets[1:3])]
+    batch = CachedBatches(feats, shop.replay, shop.tokens, CPU, candidates=True, resident=resident)(rows)
+    owner, branches = [], []
+    for i, row in enumerate(rows):
+        for branch in range(shop.tokens.branch_ptr[row], shop.tokens.branch_ptr[row + 1]):
+            owner.append(i)
+            branches.append(branch)
+    assert len(owner) > len(rows)
+    assert batch.candidate_of.tolist() == owner
+    assert torch.equal(batch.candidates, torch.from_numpy(np.array(feats.q[branches])))
+    assert torch.equal(batch.target_candidates, batch.candidates)
+    none = CachedBatches(feats, shop.replay, shop.tokens, CPU, resident=resident)(rows)
+    assert none.candidates.shape == (0, 16)
+    assert none.candidate_of.shape == (0,)

@@ -97,6 +97,27 @@ def test_with_target_heads_there_is_one_pass_and_nothing_flows_back_from_the_tar
     assert not batch.target_actions.requires_grad
 
 
+@pytest.mark.parametrize("own_target", [True, False])
+def test_candidates_are_encoded_beside_the_logged_actions_and_train_the_backbone(shop, own_target):
+    model = copy.deepcopy(shop.model)
+    slow = copy.deepcopy(shop.model) if own_target else None
+    rows = rows_of(shop.replay, 3, 0)
+    plain = EncodedBatches(model, slow, shop.replay, shop.tokens, CPU)(rows)
+    batch = EncodedBatches(model, slow, shop.replay, shop.tokens, CPU, candidates=True)(rows)
+    assert plain.candidates.shape == (0, 16)
+    for name in ("states", "actions", "target_states", "target_actions"):
+        torch.testing.assert_close(getattr(batch, name), getattr(plain, name), rtol=0, atol=1e-5, msg=name)
+    counts = np.diff(shop.tokens.branch_ptr)[rows]
+    assert batch.candidate_of.tolist() == np.repeat(np.arange(len(rows)), counts).tolist()
+    firsts = (np.cumsum(counts) - counts)[shop.tokens.acted[rows]]
+    assert torch.equal(batch.candidates[firsts], batch.actions[batch.acted])  # the logged action is the first
+    torch.testing.assert_close(batch.target_candidates, batch.candidates.detach(), rtol=0, atol=1e-6)
+    assert not batch.target_candidates.requires_grad
+    others = np.setdiff1d(np.arange(len(batch.candidates)), firsts)
+    batch.candidates[others].sum().backward()
+    assert sum(bool(p.grad is not None and p.grad.abs().max() > 0) for p in model.parameters()) > 5
+
+
 def test_batches_packed_ahead_are_the_same_in_the_same_order(shop):
     make = EncodedBatches(shop.model, None, shop.replay, shop.tokens, CPU)
     drawn = [rows_of(shop.replay, e) for e in (4, 0, 4, 2)]

@@ -10,12 +10,17 @@ from offline_lm.ope.diagnostics import (
     Estimates,
     auc,
     brier,
+    by_part,
     calibration_error,
+    effective_rank,
     explained_variance,
+    intervals,
     judge,
     kendall,
     position_only,
-    verdict,
+    reachable,
+    target_gap,
+    td_errors,
 )
 
 NAN = math.nan
@@ -124,7 +129,7 @@ def test_judge_by_hand():
     v = array(0.5, 0.8, 0.4, 0.1, 9.0, 0.2, 0.5, 1.0)
     q = array(0.6, 0.2, 1.0, 0.0, 0.1, 0.3, 0.2, 0.2, 0.4, 0.4, 0.5, 0.3, 1.1, 0.1)
     rows = np.ones(8, bool)
-    got = judge(Estimates(v, q), REPLAY, tokens_of(REPLAY, 2), rows)
+    got = judge(Estimates(v, q), REPLAY, tokens_of(REPLAY, 2), rows, gamma=0.5)
     known = array(0.5, 1.0, 0, 0, 0.25, 0.5, 1.0)
     error = v[[0, 1, 2, 3, 5, 6, 7]] - known
     assert got["v_rmse"] == pytest.approx(np.sqrt((error**2).mean()))
@@ -146,7 +151,7 @@ def test_judge_by_hand():
 def test_judge_looks_at_the_given_rows_alone():
     rows = np.arange(8) < 5
     v = array(0.5, 0.8, 0.4, 0.1, 9.0, NAN, NAN, NAN)
-    got = judge(Estimates(v, None), REPLAY, tokens_of(REPLAY, 1), rows)
+    got = judge(Estimates(v, None), REPLAY, tokens_of(REPLAY, 1), rows, gamma=0.5)
     assert got["v_rmse"] == pytest.approx(np.sqrt((0 + 0.04 + 0.16 + 0.01) / 4))
     assert got["auc_mid"] == 1.0
     assert "q_rmse" not in got
@@ -161,15 +166,144 @@ def test_a_step_too_long_to_read_is_not_judged():
     counts = (tokens.acted & usable).astype(int)
     tokens = replace(tokens, usable=usable, acted=tokens.acted & usable, branch_ptr=np.r_[0, np.cumsum(counts)])
     v = np.where(usable, np.nan_to_num(REPLAY.returns), 1e6)
-    got = judge(Estimates(v, np.zeros(counts.sum())), REPLAY, tokens, np.ones(8, bool))
+    got = judge(Estimates(v, np.zeros(counts.sum())), REPLAY, tokens, np.ones(8, bool), gamma=0.5)
     assert got["v_rmse"] == 0.0
 
 
-def test_a_dead_head_and_a_lost_comparison_are_said_in_words():
-    own = {"auc_mid": 0.6, "spread": 0.01, "sensitivity": 0.001}
-    words = "\n".join(verdict("iql_lm", {"iql_lm": own, "q_mc": {"auc_mid": 0.7}, "position_only": {"auc_mid": 0.5}}))
-    assert "iql_lm does NOT beat q_mc" in words
-    assert "iql_lm beats position_only" in words
-    assert "dead head" in words
-    assert "hardly depends on the action" in words
-    assert verdict("q_mc", {"q_mc": {"auc_mid": 0.7, "spread": 1.0, "sensitivity": 1.0}}) == []
+def test_what_the_table_has_beside_by_hand():
+    v = array(0.5, 0.8, 0.4, 0.1, 9.0, 0.2, 0.5, 1.0)
+    q = array(0.6, 0.2, 1.0, 0.0, 0.1, 0.3, 0.2, 0.2, 0.4, 0.4, 0.5, 0.3, 1.1, 0.1)
+    ensemble = np.array([q, q + array(*[0.0, 0.2] * 7)])
+    got = judge(Estimates(v, q, ensemble), REPLAY, tokens_of(REPLAY, 2), np.ones(8, bool), gamma=0.5)
+    known, mine = array(0.5, 1.0, 0, 0, 0.25, 0.5, 1.0), v[[0, 1, 2, 3, 5, 6, 7]]
+    assert got["v_bias"] == pytest.approx((mine - known).mean())
+    assert got["v_spread"] == pytest.approx(mine.std() / known.std())
+    logged = q[::2]
+    assert got["q_bias"] == pytest.approx((logged - known).mean())
+    assert got["swapped"] == pytest.approx(np.abs(logged - q[1::2]).mean() / known.std())
+    assert got["q_above_v"] == pytest.approx(explained_variance(logged, known) - explained_variance(mine, known))
+    # turns 0, 1, 0, 1, 0, 1, 2: means of V
+    means = array(*[1.1 / 3, 1.4 / 3] * 3, 1.0)
+    assert got["turn_r2"] == pytest.approx(1 - (mine - means).var() / mine.var())
+    turn = array(0, 1, 0, 1, 0, 1, 2)
+    assert got["turn_corr"] == pytest.approx(stats.spearmanr(mine, turn)[0])
+    assert got["q_turn_corr"] == pytest.approx(stats.spearmanr(logged, turn)[0])
+    assert got["disagreement"] == 0.0  # of the logged responses, which both members see alike
+    # returns reach from 0 to 1: 9 is further beyond than a half, and one of 8 + 2 * 14 values
+    assert (got["nonfinite"], got["outside"], got["largest"]) == (0.0, pytest.approx(1 / 36), 9.0)
+    # rewards are 0, nothing terminated: 0.5 * V(s') - V(s)
+    td = array(0.4 - 0.5, 0.05 - 0.4, 4.5 - 0.1, 0.25 - 0.2, 0.5 - 0.5)
+    assert got["td_rms"] == pytest.approx(np.sqrt((td**2).mean()))
+
+
+def test_what_logs_cannot_answer_is_absent_or_nan():
+    rows = np.ones(8, bool)
+    alone = judge(Estimates(np.zeros(8), np.zeros(7)), REPLAY, tokens_of(REPLAY, 1), rows, gamma=0.5)
+    assert not alone.keys() & {"sensitivity", "swapped", "margin", "disagreement"}
+    assert math.isnan(alone["turn_r2"])  # V does not vary
+    assert math.isnan(alone["length_corr"])  # nor do prompts
+    lost = replay_of([[0.0, 0.0], [0.0]], [0, 0], [False, True])
+    nothing = judge(Estimates(np.zeros(3), None), lost, tokens_of(lost, 1), np.ones(3, bool), gamma=0.5)
+    assert math.isnan(nothing["outside"])
+    assert math.isnan(nothing["v_spread"])
+
+
+def test_values_that_are_not_finite_are_counted_and_left_out():
+    v = array(0.5, NAN, 0.0, 0.0, 0.0, 0.25, 0.5, 1.0)
+    q = array(0.5, np.inf, 0, 0, 0.25, 0.5, 1.0)
+    got = judge(Estimates(v, q, np.array([q, q])), REPLAY, tokens_of(REPLAY, 1), np.ones(8, bool), gamma=0.5)
+    assert got["nonfinite"] == pytest.approx(3 / (8 + 14))
+    assert got["v_rmse"] == got["q_rmse"] == 0.0
+
+
+def test_disagreement_is_that_of_members_about_their_mean():
+    members = np.array([[0.0, 1.0, 2.0, 3.0, 0.0, 0.0, 0.0], [2.0, 1.0, 0.0, 3.0, 2.0, 2.0, 2.0]])
+    got = judge(
+        Estimates(np.zeros(8), members.min(axis=0), members), REPLAY, tokens_of(REPLAY, 1), np.ones(8, bool), gamma=0.5
+    )
+    # five of seven differ by 2: variance 2 each; the mean is 1 but for a 3
+    assert got["disagreement"] == pytest.approx(math.sqrt(10 / 7) / np.std([1, 1, 1, 3, 1, 1, 1]))
+
+
+def test_td_errors_by_hand():
+    replay = replay_of([[1.0, 1.0], [0.0, NAN]], [1, 0], [False, False])
+    from dataclasses import replace
+
+    replay = replace(replay, terminated=array(0, 1, 0, 0, dtype=bool), reward=array(0.5, 1.0, 0.25, 0.0))
+    got = td_errors(array(2, 3, 4, 5), replay, 0.5)
+    assert got[:3] == pytest.approx([0.5 + 1.5 - 2, 1 - 3, 0.25 + 2.5 - 4])
+    assert math.isnan(got[3])
+
+
+def test_effective_rank():
+    rng = np.random.default_rng(0)
+    rotated, _ = np.linalg.qr(rng.normal(size=(8, 8)))
+    corners = np.vstack([np.eye(8), -np.eye(8)]) @ rotated
+    assert effective_rank(corners + 3) == pytest.approx(8)  # eight directions alike, wherever they lie
+    assert effective_rank(corners[:, :3] * array(1, 0, 0)) == pytest.approx(1)
+    x = np.array([[3.0, 0], [-3, 0], [0, 1], [0, -1]])  # singular values as 3 to 1
+    assert effective_rank(x) == pytest.approx(math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))))
+    assert effective_rank(x.T) == pytest.approx(effective_rank(x.T @ np.eye(4)))
+    assert effective_rank(np.full((5, 3), 7.0)) == 0.0
+
+
+def test_reachable_returns_are_those_of_the_training_side():
+    replay = replay_of([[-0.5, 0.25], [0.5, NAN], [9.0]], [1, 1, 1], [False, False, True])
+    assert reachable(replay) == (-0.5, 0.5)
+    assert reachable(replay_of([[0.5]], [1], [True])) == (0.0, 0.0)
+    assert target_gap(array(0, 1), array(0.5, 0.75), replay) == pytest.approx(0.375)
+
+
+def test_by_part_by_hand():
+    v = array(0.5, 0.8, 0.4, 0.1, 9.0, 0.2, 0.5, 1.0)
+    site = np.array(["shop", None, "shop"], object)
+    got = {
+        (name, *part.items()): (value, n)
+        for name, value, n, part in by_part(
+            Estimates(v, None), REPLAY, tokens_of(REPLAY, 1), np.ones(8, bool), gamma=0.5, site=site
+        )
+    }
+    assert got["v_bias", ("turn", "1")] == (pytest.approx((-0.2 + 0.1 + 0.0) / 3), 3)
+    assert got["v_bias", ("turn", "2-3")] == (0.0, 1)
+    assert got["brier", ("turn", "0")] == (pytest.approx((0.5**2 + 0.4**2 + 0.8**2) / 3), 3)
+    assert got["v_bias", ("site", "shop")] == (pytest.approx((-0.2 - 0.05) / 5), 5)
+    assert got["ece", ("site", "shop")][0] == pytest.approx((0.5 + 0.2 + 0.8 + 0.5) / 5)
+    assert got["td_rms", ("steps_to_end", "0")] == (pytest.approx(4.4), 1)  # of the step before a final observation
+    assert got["td_rms", ("steps_to_end", "2-3")] == (pytest.approx(0.05), 1)
+    assert {part[1] for _, part in got if part[0] == "site"} == {"shop"}
+
+
+def test_what_is_tested_by_hand():
+    won = array(*[1, 0] * 12)
+    replay = replay_of([[0.5, g] for g in won], won, [False] * 24)
+    tokens, rows = tokens_of(replay, 2), np.ones(48, bool)
+    g = replay.returns
+    v = 0.25 + 0.5 * g
+    q = np.repeat(g, 2)
+    q[1::2] -= 0.5  # the other action: half a point below
+    got = intervals(Estimates(v, q), replay, tokens, rows, {"position_only": Estimates(np.zeros(48), None)})
+    assert got["v_slope"] == pytest.approx((2, 2, 2))  # G is a line in V
+    assert got["v_bias"].value == pytest.approx((v - g).mean())
+    assert got["q_bias"] == pytest.approx((0, 0, 0))
+    assert got["auc_mid"].value == got["auc_mid_above_position_only"].value + 0.5 == 1.0
+    # mean over the two actions: Q - 1/4; what Q prefers never varies, so there is no slope
+    assert math.isnan(got["action_slope"].value)
+    q[1::2] -= np.where(won > 0, 1.0, 0.0).repeat(2)
+    got = intervals(Estimates(v, q), replay, tokens, rows, {})
+    assert got["action_slope"].value == pytest.approx(1)
+    assert "first_within_task" not in got  # no task has both outcomes
+    assert intervals(Estimates(v, q), replay, tokens, np.arange(48) < 30, {}) == {}  # 8 of 15 won: too few
+
+
+def test_first_pages_that_tell_the_outcome_within_a_task():
+    from dataclasses import replace
+
+    won = array(*[1, 0] * 12)
+    replay = replay_of([[0.5, g] for g in won], won, [False] * 24)
+    replay = replace(replay, tasks=[f"task{i // 2}" for i in range(24)])
+    told = intervals(
+        Estimates(replay.success[replay.episode_of], None), replay, tokens_of(replay, 1), np.ones(48, bool), {}
+    )
+    assert told["first_within_task"] == (1.0, 1.0, 1.0)
+    page = intervals(Estimates(replay.returns, None), replay, tokens_of(replay, 1), np.ones(48, bool), {})
+    assert page["first_within_task"].value == 0.5

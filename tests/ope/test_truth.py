@@ -2,13 +2,14 @@
 
 import gzip
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import orjson
 import pytest
 import yaml
 
-from offline_lm.envs import office, shop
+from offline_lm.envs import maze, office, shop
 from offline_lm.logs import jsonl
 from offline_lm.ope.truth import exact
 from offline_lm.paths import CONF
@@ -27,11 +28,13 @@ def tasks(request):
 class Oracle:
     """A critic that knows the numbers: it is asked about the states of a task in order. `sign` turns orders round."""
 
-    def __init__(self, tasks, *, sign=1.0, tau: float | None = TAU, constant=None):
+    def __init__(self, tasks, *, sign=1.0, tau: float | None = TAU, constant=None, own=False, off=0.0):
         self.known = {}
         for task in tasks:
             _, q = task.optimal(GAMMA)
-            v, _ = task.evaluate(task.mixture(), GAMMA) if tau is None else task.expectile(task.mixture(), GAMMA, tau)
+            mixture = task.mixture()
+            v, q_own = task.evaluate(mixture, GAMMA) if tau is None else task.expectile(mixture, GAMMA, tau)
+            q = q_own + off if own else q
             known = self.known[task.goal] = []
             for s, valid in enumerate(task.valid):
                 scores = sign * q[s, valid] if constant is None else np.full(valid.sum(), constant)
@@ -45,23 +48,47 @@ class Oracle:
             yield score
 
 
+def estimand(tau) -> dict[str, Any]:
+    return {"estimand": "behaviour"} if tau is None else {"estimand": "expectile", "tau": tau}
+
+
 @pytest.mark.parametrize("tau", [TAU, None])
 def test_a_perfect_critic_scores_one(tasks, tau):
-    scores = exact(Oracle(tasks, tau=tau), tasks, gamma=GAMMA, tau=tau)
+    scores = exact(Oracle(tasks, tau=tau), tasks, gamma=GAMMA, **estimand(tau))
     for name in ("kendall", "hit", "spearman_v", "spearman_v_pooled", "gap_recovered"):
         assert scores[name] == pytest.approx(1.0), name
     assert scores["greedy"] == pytest.approx(scores["optimum"]) == 1.0
     assert 0 < scores["behaviour"] < 0.6
 
 
+@pytest.mark.parametrize("tau", [TAU, None])
+def test_errors_and_signs_are_of_what_the_critic_estimates(tasks, tau):
+    scores = exact(Oracle(tasks, tau=tau, own=True), tasks, gamma=GAMMA, **estimand(tau))
+    assert scores["rmse_v"] == scores["rmse_q"] == 0.0
+    assert scores["sign"] == 1.0
+    raised = exact(Oracle(tasks, tau=tau, own=True, off=0.1), tasks, gamma=GAMMA, **estimand(tau))
+    assert raised["rmse_q"] == pytest.approx(0.1)
+    assert raised["rmse_v"] == 0.0
+    assert raised["sign"] < 1.0  # actions a little below V now look better than it
+    none = exact(Oracle(tasks, tau=tau, own=True, off=-9.0), tasks, gamma=GAMMA, **estimand(tau))
+    better = exact(Oracle(tasks, tau=tau, own=True, off=9.0), tasks, gamma=GAMMA, **estimand(tau))
+    assert none["sign"] + better["sign"] == pytest.approx(1.0)
+
+
+def test_a_critic_of_the_optimum_is_held_against_it(tasks):
+    scores = exact(Oracle(tasks), tasks, gamma=GAMMA, estimand="optimum")
+    assert scores["rmse_q"] == 0.0
+    assert scores["rmse_v"] > 0.05  # its V is the expectile's
+
+
 def test_v_is_held_against_the_value_that_it_estimates(tasks):
     """V of the behaviour is not the expectile's fixed point: each is judged by its own."""
-    scores = exact(Oracle(tasks, tau=None), tasks, gamma=GAMMA, tau=TAU)
+    scores = exact(Oracle(tasks, tau=None), tasks, gamma=GAMMA, estimand="expectile", tau=TAU)
     assert 0.5 < scores["spearman_v"] < 0.9999
 
 
 def test_a_reversed_critic_scores_minus_one(tasks):
-    scores = exact(Oracle(tasks, sign=-1.0), tasks, gamma=GAMMA, tau=TAU)
+    scores = exact(Oracle(tasks, sign=-1.0), tasks, gamma=GAMMA, estimand="expectile", tau=TAU)
     for name in ("kendall", "spearman_v", "spearman_v_pooled"):
         assert scores[name] == pytest.approx(-1.0), name
     assert scores["hit"] < 0.1
@@ -71,7 +98,7 @@ def test_a_reversed_critic_scores_minus_one(tasks):
 
 
 def test_a_critic_that_cannot_tell_actions_apart_orders_none(tasks):
-    scores = exact(Oracle(tasks, constant=0.5), tasks, gamma=GAMMA, tau=TAU)
+    scores = exact(Oracle(tasks, constant=0.5), tasks, gamma=GAMMA, estimand="expectile", tau=TAU)
     assert scores["kendall"] == 0.0
     assert 0 < scores["hit"] < 1
 
@@ -107,3 +134,27 @@ def test_every_record_of_the_sample_is_read_and_the_card_counts_them_right(recip
     for policy in {e.policy_id for e in episodes}:
         own = [e for e in episodes if e.policy_id == policy]
         assert f"| `{policy}` | {len(own)} | {sum(e.success is True for e in own)} |" in card
+
+
+def test_a_policy_that_reads_transcripts_is_played_on_them():
+    """The best action by belief, told from the transcript, earns the optimum; a fixed one what its walls let it."""
+    task = maze.partially_observed()
+    _, q_star = task.optimal(GAMMA)
+    by_page = {page: q_star[s, : len(task.actions[s])] for s, page in enumerate(task.pages)}
+
+    class Reader:
+        def __init__(self, known):
+            self.known = known
+
+        def score(self, states):
+            for state in states:
+                q = by_page.get(state["observation"]) if self.known else None
+                values = np.zeros(len(state["candidates"])) if q is None else q
+                yield SimpleNamespace(v=float(np.max(values)), q=list(map(float, values)))
+
+    known = exact(Reader(True), [task], gamma=GAMMA, estimand="optimum")
+    blind = exact(Reader(False), [task], gamma=GAMMA, estimand="optimum")
+    assert task.transcripts
+    assert known["optimum"] == pytest.approx(-7.24, abs=0.01)
+    assert known["optimum"] >= known["greedy"] > blind["greedy"] == pytest.approx(-101 + 25 / 25 * 0, abs=8)
+    assert not shop.Task(shop.Site.draw(0), 1).mdp.transcripts

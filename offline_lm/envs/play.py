@@ -1,0 +1,45 @@
+"""What a policy that reads texts earns, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from offline_lm.envs.exact import TextMDP
+
+Choose = Callable[[list[dict[str, Any]]], Sequence[int]]
+"""A policy that reads: from states (goal, observation, history, candidates) the index of the action that each takes."""
+
+
+def play_texts(task: TextMDP, choose: Choose, limit: int | None = None) -> float:
+    """Expected undiscounted return within the step limit of a deterministic policy that reads, exactly.
+
+    All that chance may bring is followed, with the pages and the past that a real episode would show. `TextMDP.play`
+    knows one page and one past for each state.
+
+    Args:
+        choose: from states as `Critic.score` takes them (goal, observation, history, candidates) the index of the
+            action that each takes. It is asked once a step, about all the episodes that are still possible.
+        limit: steps, in place of the task's.
+    """
+    o, total = task.outcomes, 0.0
+    live = [(float(task.start[s]), int(s), task.pages[s], []) for s in np.flatnonzero(task.start)]
+    for _ in range(task.limit if limit is None else limit):
+        if not live:
+            break
+        chosen = choose([
+            {"goal": task.goal, "observation": page, "history": past, "candidates": task.actions[s]}
+            for _, s, page, past in live
+        ])  # fmt: skip
+        after = []
+        for (chance, s, page, past), a in zip(live, chosen, strict=True):
+            rows = task.rows(s, int(a))
+            for k in range(rows.start, rows.stop):
+                here = chance * float(o.chance[k])
+                total += here * float(o.reward[k])
+                if o.next[k] >= 0:
+                    after.append((here, int(o.next[k]), task.page_after(page, k), [*past, task.actions[s][int(a)]]))
+        live = after
+    return total
