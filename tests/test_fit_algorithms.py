@@ -1,5 +1,7 @@
 """Every algorithm through the command line: values come out, the critic is usable, and its settings are checked."""
 
+import dataclasses
+import importlib
 import json
 import math
 
@@ -123,5 +125,5 @@ def test_each_yaml_names_every_setting_of_its_algorithm(algo):
     """What is not there cannot be set on the command line."""
     settings = yaml.safe_load((CONF / "algo" / f"{algo}.yaml").read_text())
     module, _, name = settings.pop("_target_").rpartition(".")
-    fields = getattr(__import__(module, fromlist=[name]), name).__dataclass_fields__
-    assert set(settings) == set(fields)
+    algo = getattr(importlib.import_module(module), name)
+    assert set(settings) == {field.name for field in dataclasses.fields(algo)}

@@ -136,13 +136,13 @@ def _ways(task: TextMDP, chosen: list[list[int]], s: int, steps: int) -> list[li
     return ways
 
 
-def trained(algo: Any, batch: Batch, states: int, pairs: int, *, tolerance: float = 1e-7) -> tuple[Array, Array]:
-    """V [states] and the first member's Q [pairs] where updates no longer change them by more than `tolerance`.
+def trained(algo: Any, batch: Batch, states: int, pairs: int, *, updates: int = 20_000) -> tuple[Array, Array]:
+    """V [states] and the first member's Q [pairs] where an update no longer changes them by more than 1e-7.
 
     An update is half of Newton's step for the squared error of each entry: its gradient over its weight in the batch.
 
     Raises:
-        FloatingPointError: 20,000 updates were not enough.
+        FloatingPointError: so many `updates` were not enough.
     """
     critic = Tables(states, pairs)
     target = target_of(critic)
@@ -154,7 +154,7 @@ def trained(algo: Any, batch: Batch, states: int, pairs: int, *, tolerance: floa
         for x, n in ((batch.states, states), (batch.actions, pairs))
     )
     scale = 0.25 * float(weight.sum())  # half of Newton's step: some means are over more rows than have a target
-    for _ in range(20_000):
+    for _ in range(updates):
         losses = algo.loss(critic, target, batch)
         critic.zero_grad()
         cast(Tensor, sum(losses.values())).backward()
@@ -165,9 +165,9 @@ def trained(algo: Any, batch: Batch, states: int, pairs: int, *, tolerance: floa
                 table.data -= step
                 moved = max(moved, float(step.abs().max()))
         polyak(target, critic, algo.polyak)
-        if moved < tolerance:
+        if moved < 1e-7:
             return critic.v.table[0].detach().numpy(), critic.q.table[0].detach().numpy()
-    raise FloatingPointError(f"{type(algo).__name__} still moves by {moved:.1g} an update after 20,000")
+    raise FloatingPointError(f"{type(algo).__name__} still moves by {moved:.1g} an update after {updates}")
 
 
 def solution(name: str, task: TextMDP, policy: Array, counts: tuple[Array, Array]) -> tuple[Array, Array | None]:
