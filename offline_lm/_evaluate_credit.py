@@ -49,9 +49,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     settings = cfg.credit
     _check(settings)
+    store = Store.create(cfg.store)
     found = [row for seed in cfg.seeds for horizon in settings.horizons for row in _measure(settings, horizon, seed)]
     name = f"credit-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid4().hex[:6]}"
-    Store.create(cfg.store).append("diagnostics", [r for row in found for r in _stored(name, row)])
+    store.append("diagnostics", [r for row in found for r in _stored(name, row)])
     rows = _means(found)
     _show(rows)
     if settings.plot is not None:

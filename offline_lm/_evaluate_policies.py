@@ -28,7 +28,7 @@ from scipy.special import softmax
 from offline_lm.batches import replay as replays
 from offline_lm.batches.replay import Replay
 from offline_lm.batches.tokens import tokenize
-from offline_lm.envs import office, shop
+from offline_lm.envs import maze, office, shop, sites
 from offline_lm.errors import UserError
 from offline_lm.models import features
 from offline_lm.models.critic import Critic, find_run
@@ -39,7 +39,8 @@ from offline_lm.store import Store
 
 Array = np.ndarray
 
-_SITES = {site.BENCHMARK: site for site in (shop, office)}
+_SITES = (shop.BENCHMARK, office.BENCHMARK, maze.FULLY)
+"""Where a page shows the state, so that a policy of pages has an exact value."""
 NAMES = (*estimators.ESTIMATORS, "magic", "fqe")
 FEW = 50  # episodes: of fewer, effectively, intervals were too narrow (analysis/benchmarks/coverage.py behaviours=all)
 _STEPS = """
@@ -81,7 +82,7 @@ class Logged:
     log_behaviour: Array
     complete: Array
     held_out: Array
-    sites: list[tuple[str, str] | None]
+    sites: list[str | None]
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -89,20 +90,22 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if cfg.runs is None:
         raise UserError("suite=policies judges runs that are there: give runs=latest, or a list, and store=STORE")
     names = list(cfg.runs) if isinstance(cfg.runs, ListConfig) else [cfg.runs]
-    store, options = Store.open(cfg.store), cfg.policies
-    if not options.temperatures or min(options.temperatures) < 0:
-        raise UserError(f"policies.temperatures={options.temperatures}: a list of numbers from 0 is wanted")
+    store, options, given = Store.open(cfg.store), cfg.policies, cfg.policies.temperatures
+    if not isinstance(given, ListConfig) or not given or not all(isinstance(t, int | float) and t >= 0 for t in given):
+        raise UserError(f"policies.temperatures={given}: a list of numbers from 0 is wanted")
+    if not isinstance(options.ridge, int | float) or not options.ridge > 0:
+        raise UserError(f"policies.ridge={options.ridge}: a number above 0 is wanted")
     with store.connect() as db:
         run_ids = dict.fromkeys(store.resolve_run(name) for name in names)
         runs = [logged(db, run_id, options.gamma) for run_id in run_ids]
         shared = set.intersection(*(set(np.array(r.replay.episode_ids)[r.held_out]) for r in runs))
         gammas = {r.config["algo"]["gamma"] for r in runs}
         if not shared:
-            told = "no episode is held out by all of runs=: fit them with one seed (heads_seed may differ)"
-            raise UserError(f"{told} and one data.held_out above 0")
+            mend = "fit them with one seed (heads_seed may differ) and one data.held_out above 0"
+            raise UserError(f"no episode is held out by all of runs=: {mend}")
         if options.gamma is None and len(gammas) > 1:
             raise UserError(f"these runs have different discounts ({sorted(gammas)}): give policies.gamma")
-        judged = [judge(store, db, each, shared, options, cfg.horizon) for each in runs]
+        judged = [judge(store, db, each, shared, options) for each in runs]
     chosen = selection(judged)
     store.append("diagnostics", [*(row for each in judged for row in _rows(each)), *_selection_rows(chosen, judged)])
     _print(judged, chosen)
@@ -134,7 +137,7 @@ def logged(db: duckdb.DuckDBPyConnection, run_id: str, gamma: float | None) -> L
         raise UserError(f"run {run_id} scored {len(table)} steps of episodes that now have {len(replay)}: fit again")
     column = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names[:5]}
     first = replay.offsets[:-1]
-    sites = zip(column["benchmark"][first], column["task_id"][first], strict=True)
+    of = zip(column["benchmark"][first], column["task_id"][first], strict=True)
     return Logged(
         run_id, algo, seed, settings, replay,
         ptr=np.r_[0, np.cumsum(lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False))].astype(np.int64),
@@ -143,7 +146,7 @@ def logged(db: duckdb.DuckDBPyConnection, run_id: str, gamma: float | None) -> L
         log_behaviour=column["behavior_logprob"].astype(np.float64),
         complete=column["candidates_complete"] == True,  # noqa: E712  (null is not complete)
         held_out=column["split"][first] == "held_out",
-        sites=[(site, task) if site in _SITES else None for site, task in sites],
+        sites=[task if site in _SITES else None for site, task in of],
     )  # fmt: skip
 
 
@@ -164,10 +167,9 @@ def fit_on(store: Store, db: duckdb.DuckDBPyConnection, run: Logged, rank: int) 
     """
     critic = Critic.from_pretrained(find_run(run.run_id, store.url))
     where = f"episode_id IN (SELECT episode_id FROM \"values\" WHERE run_id = '{run.run_id}')"
-    settings = {key: critic.config[key] for key in ("max_tokens", "history")}
-    tokens = tokenize(
-        replays.steps(db, where), critic.tokenizer, context=critic.config.get("context", "actions"), **settings
-    )
+    settings: Any = {key: critic.config[key] for key in ("max_tokens", "history")}
+    settings["context"] = critic.config.get("context", "actions")
+    tokens = tokenize(replays.steps(db, where), critic.tokenizer, **settings)
     if not np.array_equal(tokens.candidate_ptr, run.ptr):
         raise UserError(f"the candidates of {run.run_id}'s steps are no longer those that it scored: fit again")
     found = features.compute(critic.model, tokens, store.cache_dir / "features", dtype=run.config["model"]["features"])
@@ -177,9 +179,7 @@ def fit_on(store: Store, db: duckdb.DuckDBPyConnection, run: Logged, rank: int) 
     return Fit(projection(found.q[:]), np.asarray(tokens.candidate_branch, np.int64), at)
 
 
-def judge(
-    store: Store, db: duckdb.DuckDBPyConnection, run: Logged, shared: set[str], options: Any, horizon: int | None
-) -> dict[str, Any]:
+def judge(store: Store, db: duckdb.DuckDBPyConnection, run: Logged, shared: set[str], options: Any) -> dict[str, Any]:
     """Estimates for each temperature, on the `shared` episodes.
 
     Returns:
@@ -191,7 +191,7 @@ def judge(
     model = fit_on(store, db, run, options.rank) if options.fqe else None
     out: dict[str, Any] = {key: getattr(run, key) for key in ("run_id", "algo", "seed")}
     out |= {"gamma": gamma, "episodes": len(episodes)}
-    truth = true_values(store, run, episodes, options.temperatures, gamma, horizon) if options.truth else None
+    truth = true_values(store, run, episodes, options.temperatures, gamma) if options.truth else None
     policies = out["policies"] = {}
     for i, temperature in enumerate(options.temperatures):
         judged = estimate(run, model, episodes, temperature, gamma, options)
@@ -283,8 +283,7 @@ def _fitted(
     samples = fqe.fqe_values(
         x, reward, next_x, np.r_[0, np.cumsum(rows)], mean_x[starts],
         counts=estimators.resampled(len(train), options.fqe_resamples, seed=1),
-        start_counts=estimators.resampled(len(starts), options.fqe_resamples, seed=2),
-        **settings,
+        start_counts=estimators.resampled(len(starts), options.fqe_resamples, seed=2), **settings,
     )  # fmt: skip
     w = fqe.linear_fqe(x, reward, next_x, **settings)
     return ((model.x @ w)[model.candidate_of], mean_x @ w), estimators.interval(samples, basic=True)
@@ -294,26 +293,16 @@ def _fitted(
 
 
 def true_values(
-    store: Store, run: Logged, episodes: Array, temperatures: Iterable[float], gamma: float, horizon: int | None
+    store: Store, run: Logged, episodes: Array, temperatures: Iterable[float], gamma: float
 ) -> list[float] | None:
-    """The value of the policy of each temperature, mean over the tasks of `episodes`; None unless all are exact.
-
-    Raises:
-        UserError: the logs have longer episodes than these tasks allow.
-    """
+    """The value of the policy of each temperature, mean over the tasks of `episodes`; None unless all are exact."""
     tasks = Counter(run.sites[e] for e in episodes)
     if None in tasks:
         return None
     critic = Critic.from_pretrained(find_run(run.run_id, store.url))
-    longest = int(np.bincount(run.replay.episode_of[run.replay.acted]).max())
     values = []
-    for kind, task_id in filter(None, tasks):
-        site = _SITES[kind]
-        words, number = task_id.removeprefix(kind).split("/")
-        options: Any = {} if horizon is None or site is not shop else {"horizon": horizon}
-        mdp = site.Task(site.Site.draw(int(words)), int(number), **options).mdp
-        if longest > mdp.limit:
-            raise UserError(f"{task_id} ends after {mdp.limit} steps, the logs after {longest}: give their horizon=")
+    for task_id in filter(None, tasks):
+        mdp = sites.named(task_id)
         q = np.full(mdp.next.shape, -np.inf)
         pages = zip(mdp.pages, mdp.paths, mdp.actions, strict=True)
         states = ({"goal": mdp.goal, "observation": p, "history": h, "candidates": c} for p, h, c in pages)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,13 @@ import yaml
 from omegaconf import DictConfig, ListConfig
 
 from offline_lm._evaluate_commands import command
-from offline_lm.envs import exact, maze, office, shop, wordle
-from offline_lm.envs.exact import TextMDP
+from offline_lm.envs import exact, shop, sites
 from offline_lm.errors import UserError
 from offline_lm.models.critic import Critic
 from offline_lm.ope import truth
 from offline_lm.store import Store
 
-_TASKS: dict[str, Callable[..., TextMDP]] = {
-    shop.BENCHMARK: lambda seed, number, **options: shop.Task(shop.Site.draw(seed), number, **options).mdp,
-    office.BENCHMARK: lambda seed, number: office.Task(office.Site.draw(seed), number).mdp,
-    maze.FULLY: maze.fully_observed,
-    maze.PARTIALLY: maze.partially_observed,
-    wordle.BENCHMARK: wordle.task,
-}
-"""The task that (seed, number) names, by suite."""
-SUITES = tuple(_TASKS)
-
+SUITES = tuple(sites.TASKS)
 _SHOWN = (
     *("kendall", "hit", "sign", "spearman_v", "rmse_v", "rmse_q"),
     *("gap_recovered", "behaviour", "greedy", "optimum"),
@@ -42,7 +32,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if cfg.runs is not None:
         store = Store.open(cfg.store)
         names = list(cfg.runs) if isinstance(cfg.runs, ListConfig) else [cfg.runs]
-        return _report([judge(store, store.resolve_run(name), cfg.suite, _options(cfg)) for name in names])
+        return _report([judge(store, store.resolve_run(name), cfg.suite) for name in names])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(cfg.workdir or temporary).absolute()
         return _report([row for seed in cfg.seeds for row in _fresh(cfg, folder, seed)])
@@ -55,7 +45,7 @@ def _fresh(cfg: DictConfig, folder: Path, seed: int) -> list[dict[str, Any]]:
     name = f"{cfg.suite}{seed}" + "".join(f"-{key}{value}" for key, value in options.items())
     log, url = folder / f"{name}.jsonl", folder / f"{name}.store"
     if not log.exists():
-        tasks = (_TASKS[cfg.suite](seed, i, **options) for i in range(cfg.tasks))
+        tasks = (sites.TASKS[cfg.suite](seed, i, **options) for i in range(cfg.tasks))
         lines = [orjson.dumps(e) for e in exact.record(tasks, cfg.episodes, seed)]
         log.write_bytes(b"\n".join(lines) + b"\n")
     command("ingest", "source=jsonl", f"path={log}", f"store={url}")
@@ -64,7 +54,7 @@ def _fresh(cfg: DictConfig, folder: Path, seed: int) -> list[dict[str, Any]]:
         done = command(
             "fit", f"algo={algo}", f"data.store={url}", f"seed={seed}", "baselines=false", *cfg.overrides.split()
         )
-        rows.append({**judge(Store.open(url), done["run_id"], cfg.suite, options), "seconds": done["seconds"]})
+        rows.append({**judge(Store.open(url), done["run_id"], cfg.suite), "seconds": done["seconds"]})
         print(_line(rows[-1]), flush=True)
     return rows
 
@@ -78,7 +68,7 @@ def _options(cfg: DictConfig) -> dict[str, int]:
     return {"horizon": cfg.horizon}
 
 
-def judge(store: Store, run_id: str, suite: str, options: Mapping[str, int]) -> dict[str, Any]:
+def judge(store: Store, run_id: str, suite: str) -> dict[str, Any]:
     """Exact-truth scores of one run on the tasks of the suite's sites that it held out; also in table `diagnostics`."""
     with store.connect() as db:
         (config, algo, seed, run_dir) = db.execute(
@@ -90,8 +80,7 @@ def judge(store: Store, run_id: str, suite: str, options: Mapping[str, int]) -> 
         ).fetchall()
     if config is None or run_dir is None or not held_out:
         raise UserError(f"run {run_id} holds out no task of benchmark '{suite}': suite={suite} cannot judge it")
-    named = sorted(task_id.removeprefix(suite).split("/") for (task_id,) in held_out)
-    tasks = [_TASKS[suite](int(seed), int(number), **options) for seed, number in named]
+    tasks = [sites.named(task_id) for (task_id,) in sorted(held_out)]
     settings = yaml.safe_load(config)["algo"]
     critic = Critic.from_pretrained(run_dir)
     if not critic.config["has_q"]:
@@ -104,12 +93,13 @@ def judge(store: Store, run_id: str, suite: str, options: Mapping[str, int]) -> 
 
 
 def _estimand(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the algorithm with these settings estimates."""
-    if settings["_target_"].endswith(".QLearning") or settings.get("base") == "q_learning":
+    """What the algorithm with these settings estimates; of a conservative one, what it would without the penalty."""
+    algo = settings["_target_"].rpartition(".")[2]
+    if algo == "QLearning" or settings.get("base") == "q_learning":
         return {"estimand": "optimum"}
-    if "tau" in settings:
+    if "tau" in settings and settings.get("name", "IQL") == "IQL":
         return {"estimand": "expectile", "tau": settings["tau"]}
-    return {"estimand": "behaviour"}
+    return {"estimand": "returns" if algo == "QMC" else "behaviour"}
 
 
 def _report(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def checked(cfg: DictConfig) -> torch.device:
     if cfg.algo._target_.endswith(".D3rlpy"):
         for key, value in (("model.train", "heads"), ("model.heads.loss", "mse"), ("optim.critic_first", 0)):
             if OmegaConf.select(cfg, key) != value:
-                raise UserError(f"{key}={OmegaConf.select(cfg, key)}: algo=d3rlpy has its own losses: {key}={value}")
+                raise UserError(f"{key}={OmegaConf.select(cfg, key)}: algo=d3rlpy takes {key}={value} alone")
     if cfg.run_dir is not None:
         try:
             Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ class D3rlpyLearner:
     def __init__(
         self, algo: D3rlpy, heads: Heads, optim: DictConfig, run: Run, *, outcomes: Outcomes | None = None
     ) -> None:
-        self.algo, self.heads, self.run, self.outcomes = algo, heads, run, outcomes
+        self.algo, self._heads, self.run, self.outcomes = algo, heads, run, outcomes
         device = next(heads.parameters()).device
         self.peer = peer.create(
             algo.name, gamma=algo.gamma, tau=algo.tau, polyak=algo.polyak, lr=optim.lr, device=str(device),
@@ -40,9 +40,14 @@ class D3rlpyLearner:
         self.v_optimizer = torch.optim.AdamW(heads.v.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
         self.losses: dict[str, float] = {}
 
+    @property
+    def heads(self) -> Heads:
+        """Its networks as they now are."""
+        peer.read(self.peer, self._heads)
+        return self._heads
+
     def train(self, mode: bool = True) -> None:
-        if not mode:
-            peer.read(self.peer, self.heads)
+        """d3rlpy's networks know no mode."""
 
     def update(self, batch: Batch, rows: np.ndarray, step: int) -> None:
         """One update of d3rlpy on the transitions of `batch` that have a target.
@@ -60,7 +65,7 @@ class D3rlpyLearner:
 
     def _follow(self, batch: Batch) -> Tensor:
         q = ensemble_min(peer.q_values(self.peer, batch.actions))
-        loss = self.heads.v.regress(self.heads.v(batch.states), q, batch.acted)
+        loss = self._heads.v.regress(self._heads.v(batch.states), q, batch.acted)
         self.v_optimizer.zero_grad()
         loss.backward()
         self.v_optimizer.step()

@@ -96,7 +96,8 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
                 ):
                     learners = [learner(settings[0], runs[0], backbone=(target_model, model))]
                     make = EncodedBatches(model, target_model, replay, tokens, device, autocast, candidates=candidates)
-                    drawn = make.ahead(replays.token_batches(replay, tokens, cfg.optim.batch_tokens, cfg.seed))
+                    budget = cfg.optim.batch_tokens
+                    drawn = make.ahead(replays.token_batches(replay, tokens, budget, cfg.seed, candidates=candidates))
                     steps, whole = train(learners, make, replay, cfg.optim, cfg.seed, drawn)
                 with peaks.stage("features"):
                     feats = compute_features(cfg, store, model, tokens)

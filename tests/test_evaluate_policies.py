@@ -136,6 +136,8 @@ def test_mistakes_are_named(tmp_path, capsys):
     done = judged(store, capsys, "policies.gamma=0.7", "policies.resamples=10", runs="[r,s]")
     assert {row["gamma"] for row in done["runs"]} == {0.7}
     assert set(done["selection"]["greedy"]["dm"]) == {"chosen", "regret", "spearman"}
+    for setting in ("policies.temperatures=0.1", "policies.temperatures=[-1]", "policies.ridge=0"):
+        assert f"{setting}: " in judged(store, capsys, setting, code=2)
     none, _, _ = make(tmp_path / "b", held_out=range(0))
     assert "held out by all" in judged(none, capsys, code=2)
     bare, _, _ = make(tmp_path / "c", candidates=False)
@@ -148,7 +150,8 @@ def test_logs_in_a_regret_out(tmp_path, capsys):
     tasks = [shop.Task(shop.Site.draw(0), n) for n in range(5)]
     log = tmp_path / "log.jsonl"
     log.write_bytes(b"\n".join(map(orjson.dumps, shop.record(tasks, 4))))
-    small = "model.vocab_size=400 model.width=32 model.layers=1 model.attention_heads=2 model.stage.tokens=2000"
+    small = "model=tiny model.vocab_size=400 model.width=32 model.layers=1 model.attention_heads=2"
+    small += " model.stage.tokens=2000"
     from offline_lm import fit, ingest
 
     assert ingest.main(["source=jsonl", f"path={log}", f"store={tmp_path / 'store'}"]) == 0

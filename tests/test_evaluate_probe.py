@@ -5,7 +5,6 @@ import json
 import pytest
 
 from offline_lm import evaluate
-from offline_lm.models import backbone
 from offline_lm.models.critic import Critic
 from offline_lm.models.heads import Heads
 
@@ -42,7 +41,6 @@ def test_every_backbone_has_a_row(tmp_path, capfd, shop):
     ("setting", "message"),
     [
         ("probe.backbones=[nowhere/nothing/here]", "nowhere/nothing/here: no causal language model"),
-        ("probe.backbones=[reader]", "no reader ships with this version"),
         ('probe.backbones=["run:r1"]', "no store at"),
         ("probe.backbones=tiny", "probe.backbones=tiny: a list"),
         ("probe.styles=[latex]", "a list of plain, axtree, aria, html"),
@@ -52,6 +50,5 @@ def test_every_backbone_has_a_row(tmp_path, capfd, shop):
 )
 def test_mistakes(setting, message, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(backbone, "READER", tmp_path / "reader")
     assert evaluate.main([*FEW, setting]) == 2
     assert message in capfd.readouterr().err

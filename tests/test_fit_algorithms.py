@@ -111,7 +111,7 @@ def test_critic_first_is_monte_carlo_and_then_the_algorithm(store, capsys):
         ("algo=cql_lm algo.base=dqn", "algo.base=dqn: iql or q_learning is wanted"),
         ("algo=weighted_iql algo.weight=-0.1", "algo.weight=-0.1: a number from 0 is wanted"),
         ("algo=d3rlpy algo.name=DQN", "algo.name=DQN: one of IQL, CQL, AWAC"),
-        ("algo=d3rlpy model.train=full", "model.train=full: algo=d3rlpy has its own losses: model.train=heads"),
+        ("algo=d3rlpy model.train=full", "model.train=full: algo=d3rlpy takes model.train=heads alone"),
         ("algo=sarsa optim.critic_first=2", "optim.critic_first=2: a number from 0 to 1 is wanted"),
     ],
 )

@@ -19,6 +19,7 @@ class WeightedIQL:
 
     With one reward at the end G_t = gamma^(T-1-t) R, so that successful steps near the end weigh most: what Q-Evolve
     (arXiv 2606.07367) finds to steady bootstrapping from sparse rewards. The form of the weight is ours.
+    Where no return is positive it is `iql_lm`; where the world is left to chance it favours lucky outcomes.
 
     Args:
         gamma: discount per turn.

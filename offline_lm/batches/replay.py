@@ -197,16 +197,22 @@ def episode_batches(replay: Replay, size: int, seed: int) -> Iterator[Array]:
                 batch, held = [], 0
 
 
-def token_batches(replay: Replay, tokens: Tokens, budget: int, seed: int) -> Iterator[Array]:
+def token_batches(
+    replay: Replay, tokens: Tokens, budget: int, seed: int, *, candidates: bool = False
+) -> Iterator[Array]:
     """Endless batches of rows for training through the backbone: whole training episodes of `budget` tokens together.
 
-    Tokens are counted as they are packed, each state's prompt with its logged action, and what prompts of an episode
-    share once. Episodes are shuffled anew in every epoch; a batch ends before the episode that would exceed the budget,
-    and an episode that alone exceeds it is a batch of its own. Rows of an episode stay together and in order.
+    Tokens are counted as they are packed, each state's prompt with its logged action (or all its `candidates`), and
+    what prompts of an episode share once. Episodes are shuffled anew in every epoch; a batch ends before the episode
+    that would exceed the budget, and an episode that alone exceeds it is a batch of its own. Rows of an episode stay
+    together and in order.
     """
-    executed = np.zeros(len(tokens), np.int64)
-    executed[tokens.acted] = np.diff(tokens.response_ptr)[tokens.branch_ptr[:-1][tokens.acted]]
-    lengths, shared = packed_lengths(tokens, np.arange(len(tokens)), executed)
+    if candidates:
+        said = np.diff(tokens.response_ptr[tokens.branch_ptr])
+    else:
+        said = np.zeros(len(tokens), np.int64)
+        said[tokens.acted] = np.diff(tokens.response_ptr)[tokens.branch_ptr[:-1][tokens.acted]]
+    lengths, shared = packed_lengths(tokens, np.arange(len(tokens)), said)
     shared[replay.offsets[:-1]] = 0
     sizes = np.add.reduceat(lengths - shared, replay.offsets[:-1]).tolist()
     rng = np.random.default_rng(seed)

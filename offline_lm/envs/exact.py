@@ -92,6 +92,7 @@ class TextMDP:
         outcomes: all that the actions may lead to.
         success: the reward of an end that counts as success; None where nothing does.
         lines: lines that a transcript shows, the newest; None: all.
+        variant: what the site's name goes on with, where it is not the ordinary one.
         policies: the site's own behaviour policies [S, A] by name, in place of the four of `behaviours`.
     """
 
@@ -111,6 +112,7 @@ class TextMDP:
     outcomes: Outcomes
     success: float | None = 1.0
     lines: int | None = None
+    variant: str = ""
     policies: dict[str, Array] = field(default_factory=dict)
 
     @classmethod
@@ -180,7 +182,7 @@ class TextMDP:
 
     @property
     def site(self) -> str:
-        return f"{self.benchmark}{self.seed}"
+        return f"{self.benchmark}{self.seed}{self.variant}"
 
     @property
     def task_id(self) -> str:

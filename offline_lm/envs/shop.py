@@ -13,7 +13,7 @@ combination of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -144,10 +144,11 @@ class Task:
             (noun, last - 1): [0, 1, 2], (noun, last): [3, 4, 5], (other, 0): [6, 7, 8], ("deals", 0): [9, 10, 6],
         }  # fmt: skip
         self._rng = rng
-        self.mdp = TextMDP.explore(
+        mdp = TextMDP.explore(
             ("home",), self._view, benchmark=BENCHMARK, seed=site.seed, number=number, goal=goal,
             limit=STEPS_PER_CLICK * horizon,
         )  # fmt: skip
+        self.mdp = mdp if horizon == HORIZON else replace(mdp, variant=f"h{horizon}")
 
     def _moves(self, state: State) -> list[Move]:
         w = self.site.wording

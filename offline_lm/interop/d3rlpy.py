@@ -81,22 +81,26 @@ def create(
         options: further fields of its configuration.
 
     Raises:
-        UserError: its configuration has no such field, or refuses the value.
+        UserError: an option is no field of its configuration, or one that is set here, or has a value that it refuses.
     """
     encoder = HeadEncoder(hidden)
     kind = getattr(d3rlpy.algos, f"{name}Config")
     known = {field.name for field in dataclasses.fields(kind)}
-    if unknown := sorted(options.keys() - known):
-        raise UserError(f"{name} of d3rlpy has no {', '.join(unknown)}: there are {', '.join(sorted(known))}")
     wanted = {
         "batch_size": batch_size, "gamma": gamma, "expectile": tau, "tau": polyak, "n_critics": ensemble,
         "actor_learning_rate": lr, "critic_learning_rate": lr, "actor_encoder_factory": encoder,
         "critic_encoder_factory": encoder, "value_encoder_factory": encoder,
     }  # fmt: skip
-    config = kind(**{key: value for key, value in wanted.items() if key in known} | options)
+    free = known - wanted.keys()
+    if unknown := sorted(options.keys() - free):
+        raise UserError(f"{name} of d3rlpy takes no option {', '.join(unknown)}: there are {', '.join(sorted(free))}")
+    config = kind(**{key: value for key, value in wanted.items() if key in known}, **options)
     algorithm = config.create(device=device)
     if width is not None:
-        algorithm.create_impl((width,), width)
+        try:
+            algorithm.create_impl((width,), width)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{name} of d3rlpy refuses {options}: {error}") from error
     return algorithm
 
 

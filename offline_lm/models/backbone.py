@@ -33,11 +33,6 @@ def load(path: str, dtype: str = "auto") -> tuple[Any, Any]:
         UserError: nothing loadable there, no fast tokenizer, or an architecture that cannot be packed.
     """
     source = located(path)
-    if path == "reader" and not READER.is_dir():
-        raise UserError(
-            "no reader ships with this version: make one (`python -m offline_lm.pretrain output=FOLDER`) and name it"
-            " (model=reader model.path=FOLDER)"
-        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(

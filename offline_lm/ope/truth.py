@@ -21,9 +21,10 @@ class Scorer(Protocol):
     def score(self, states: Any) -> Any: ...
 
 
-Estimand = Literal["behaviour", "expectile", "optimum"]
-"""What a critic's equations converge to on endless logs: the value of the policies that logged them, mixed; the
-expectile fixed point of IQL; or the value of the best policy."""
+Estimand = Literal["returns", "behaviour", "expectile", "optimum"]
+"""What a critic's equations converge to on endless logs. returns: the mean return behind a state, which mixes the
+values of the policies that logged it; behaviour: the value of the mixed policy, which bootstrapping finds, since it
+forgets who acted; expectile: the fixed point of IQL; optimum: the value of the best policy."""
 
 
 def exact(
@@ -95,9 +96,25 @@ def _truth(task: TextMDP, mixture: Array, gamma: float, estimand: Estimand, tau:
         return task.optimal(gamma)
     if estimand == "behaviour":
         return task.evaluate(mixture, gamma)
+    if estimand == "returns":
+        return _mean_returns(task, mixture, gamma)
     if tau is None:
         raise ValueError("the expectile of which tau?")
     return task.expectile(mixture, gamma, tau)
+
+
+def _mean_returns(task: TextMDP, mixture: Array, gamma: float) -> tuple[Array, Array]:
+    """V and Q of the logs' policies, each weighted by its visits; of the mixture where none of them comes."""
+    v_sum, q_sum, visits, flows = (np.zeros(x.shape) for x in (mixture[:, 0], mixture, mixture[:, 0], mixture))
+    for policy in task.behaviours().values():
+        v, q = task.evaluate(policy, gamma)
+        seen = task.visitation(policy)
+        flow = seen[:, None] * policy
+        v_sum, visits = v_sum + seen * v, visits + seen
+        q_sum, flows = q_sum + flow * np.nan_to_num(q), flows + flow
+    v, q = task.evaluate(mixture, gamma)
+    v = np.where(visits > 0, v_sum / np.where(visits > 0, visits, 1.0), v)
+    return v, np.where(flows > 0, q_sum / np.where(flows > 0, flows, 1.0), q)
 
 
 def _score(critic: Scorer, task: TextMDP) -> tuple[Array, Array]:

@@ -157,5 +157,6 @@ def test_a_batch_without_a_target_changes_nothing(d3):
 
 
 def test_a_field_that_its_configuration_lacks_is_told(d3):
-    with pytest.raises(UserError, match="IQL of d3rlpy has no alpha: there are"):
-        d3.create("IQL", alpha=1.0)
+    for name in ("alpha", "n_critics"):
+        with pytest.raises(UserError, match=f"IQL of d3rlpy takes no option {name}: there are"):
+            d3.create("IQL", **{name: 2})

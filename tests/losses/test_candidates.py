@@ -27,6 +27,7 @@ def test_the_penalty_is_zero_where_the_logged_action_is_the_only_one():
     loss = cql_penalty(q, torch.tensor([0, 1]), q)
     loss.backward()
     assert loss.item() == pytest.approx(0.0, abs=1e-7)
+    assert q.grad is not None
     assert q.grad.abs().max() < 1e-7
 
 
@@ -34,6 +35,7 @@ def test_the_penalty_pushes_the_logged_action_up_and_the_others_down_by_their_so
     q = torch.tensor([[1.0, 2.0, 0.5]], dtype=torch.float64, requires_grad=True)
     cql_penalty(q, torch.zeros(3, dtype=torch.long), q[:, :1]).backward()
     share = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64).softmax(0)
+    assert q.grad is not None
     assert torch.allclose(q.grad[0], share - torch.tensor([1.0, 0.0, 0.0]))
 
 
@@ -42,6 +44,7 @@ def test_huge_values_do_not_overflow():
     out = candidate_logsumexp(q, torch.tensor([0, 0, 1]), 3)
     assert out[0].tolist() == pytest.approx([1000 + math.log(2), -1000.0, 0.0])
     out.sum().backward()
+    assert q.grad is not None
     assert q.grad.tolist() == [[0.5, 0.5, 1.0]]
 
 

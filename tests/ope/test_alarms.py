@@ -3,8 +3,10 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from offline_lm.envs.shop import Site, Task
 from offline_lm.ope import alarms
 from offline_lm.ope.alarms import comparisons, of_critic, of_logs
 from offline_lm.ope.clustered import Measured
@@ -46,7 +48,6 @@ def test_a_number_beyond_its_threshold(number, fine, wrong, alarm):
 @pytest.mark.parametrize(
     ("number", "unsure", "wrong", "alarm"),
     [
-        ("v_slope", (0.3, 0.1, 0.5), (0.3, 0.2, 0.49), "worse_than_constant"),
         ("auc_mid_above_position_only", (-0.2, -0.4, -0.02), (-0.2, -0.3, -0.03), "worse_than_position_only"),
         ("action_slope", (-1, -2, 0), (-1, -2, -0.1), "actions_misordered"),
         ("first_within_task", (0.9, 0.75, 1), (0.9, 0.76, 1), "leak_first_page"),
@@ -61,6 +62,7 @@ def test_a_whole_interval_beyond_its_threshold(number, unsure, wrong, alarm):
 @pytest.mark.parametrize(
     ("number", "unsure", "wrong", "alarm"),
     [
+        ("v_slope", (0.3, 0.1, 0.5), (0.3, 0.2, 0.49), "worse_than_constant"),
         ("auc_mid_above_q_mc", (-0.2, -0.4, -0.02), (-0.2, -0.3, -0.03), "worse_than_q_mc"),
         ("v_bias", (0.2, 0.1, 0.3), (0.2, 0.11, 0.3), "overestimates"),
         ("q_bias", (-0.2, -0.3, -0.1), (-0.2, -0.3, -0.11), "underestimates"),
@@ -73,6 +75,21 @@ def test_the_level_of_values_is_that_of_the_behaviour_for_some(number, unsure, w
     assert names(compared={number: Measured(*unsure)}) == []
     assert names(compared={number: Measured(*wrong)}) == [alarm]
     assert names(compared={number: Measured(*wrong)}, behaviour=False) == []  # an expectile is above it on purpose
+
+
+def test_the_true_optimum_of_random_logs_raises_nothing():
+    """V* is right, and yet returns hardly rise with it; of a critic of the behaviour that slope would be a fault."""
+    task = Task(Site.draw(0), 0).mdp
+    (v, _), uniform = task.optimal(0.95), task.valid / task.valid.sum(axis=1, keepdims=True)
+    returns, _ = task.evaluate(uniform, 0.95)
+    cov = np.cov(v, returns, aweights=task.visitation(uniform))
+    slope = cov[0, 1] / cov[0, 0]
+    assert 0 < slope < 0.1
+    found = {"v_slope": Measured(slope, 0.5 * slope, 1.5 * slope)}
+    assert names(compared=found, behaviour=False) == []
+    assert names(compared=found, behaviour=True) == ["worse_than_constant"]
+    (upside_down,) = of_critic("c", {}, {"v_slope": Measured(-0.3, -0.5, -0.1)}, behaviour=False)
+    assert (upside_down.name, upside_down.threshold) == ("worse_than_constant", 0.0)
 
 
 def test_what_the_logs_give_away():

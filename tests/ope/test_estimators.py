@@ -220,7 +220,7 @@ def test_unbiased_whatever_q_is(site):
     mdp, target, behaviour = site
     truth = coverage.value(mdp, target, GAMMA)
     log = coverage.simulate(mdp, [behaviour], 20_000, 0.0, np.random.default_rng(0))
-    assert np.bincount(np.diff(log.offsets))[1:].argmax() > 0  # ragged
+    assert len(set(np.diff(log.offsets))) > 5  # ragged
     for shift in (0.0, 1.0):
         t = coverage.judged(log, target, np.full(target.shape, shift) * mdp.valid, GAMMA)
         for estimator in (ope.importance_sampling, ope.per_decision, ope.doubly_robust):
