@@ -225,8 +225,8 @@ def _explain(error: Exception, config_name: str) -> str:
     return _line(error)
 
 
-def _keys(config_name: str) -> Iterator[str]:
-    """Dotted keys of the configuration as it stands without overrides."""
+def _keys(config_name: str, *groups: str) -> Iterator[str]:
+    """Dotted keys of the configuration as it stands, or with other ``groups`` than its defaults (``model=tiny``)."""
 
     def walk(node: Any, prefix: str) -> Iterator[str]:
         for key, value in node.items():
@@ -235,7 +235,7 @@ def _keys(config_name: str) -> Iterator[str]:
                 yield from walk(value, f"{prefix}{key}.")
 
     with initialize_config_dir(str(paths.CONF), version_base="1.3"):
-        cfg = compose(config_name)
+        cfg = compose(config_name, list(groups))
     yield from walk(OmegaConf.to_container(cfg, resolve=False), "")
 
 

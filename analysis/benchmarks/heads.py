@@ -146,6 +146,7 @@ class Optim:
     weight_decay: float = 0.01
     clip: float = 1.0
     warmup: int = 100
+    critic_first: float = 0.0
     log_every: int = 50
     checkpoint_every: int = 10**9
 
