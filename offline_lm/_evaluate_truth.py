@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import orjson
 import yaml
 from omegaconf import DictConfig, ListConfig
 
+from offline_lm import cli
 from offline_lm._evaluate_commands import command
 from offline_lm.envs import exact, shop, sites
 from offline_lm.errors import UserError
@@ -81,25 +81,17 @@ def judge(store: Store, run_id: str, suite: str) -> dict[str, Any]:
     if config is None or run_dir is None or not held_out:
         raise UserError(f"run {run_id} holds out no task of benchmark '{suite}': suite={suite} cannot judge it")
     tasks = [sites.named(task_id) for (task_id,) in sorted(held_out)]
-    settings = yaml.safe_load(config)["algo"]
+    algorithm = cli.instantiate(yaml.safe_load(config)["algo"])
     critic = Critic.from_pretrained(run_dir)
     if not critic.config["has_q"]:
         raise UserError(f"run {run_id} ({algo}) has no Q: suite={suite} judges the order of actions")
-    scores = truth.exact(critic, tasks, gamma=settings["gamma"], **_estimand(settings))
+    estimand = algorithm.estimand
+    tau = algorithm.tau if estimand == "expectile" else None
+    scores = truth.exact(critic, tasks, gamma=algorithm.gamma, estimand=estimand, tau=tau)
     row = {"run_id": run_id, "suite": suite, "split": "held_out", "group": algo, "n": len(tasks)}
     values = {name: None if math.isnan(value) else value for name, value in scores.items()}
     store.append("diagnostics", [{**row, "name": name, "value": value} for name, value in values.items()])
     return {"run_id": run_id, "algo": algo, "seed": seed, "tasks": len(tasks), **scores}
-
-
-def _estimand(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the algorithm with these settings estimates; of a conservative one, what it would without the penalty."""
-    algo = settings["_target_"].rpartition(".")[2]
-    if algo == "QLearning" or settings.get("base") == "q_learning":
-        return {"estimand": "optimum"}
-    if "tau" in settings and settings.get("name", "IQL") == "IQL":
-        return {"estimand": "expectile", "tau": settings["tau"]}
-    return {"estimand": "returns" if algo == "QMC" else "behaviour"}
 
 
 def _report(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -12,10 +12,13 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from offline_lm._fit_sweep import Setting
 from offline_lm.algos.critic_mc import CriticMC
+from offline_lm.algos.d3rlpy import D3rlpy
 from offline_lm.algos.q_mc import QMC
 from offline_lm.batches import replay as replays
 from offline_lm.batches.replay import Replay
+from offline_lm.batches.tokens import Tokens
 from offline_lm.errors import UserError
 from offline_lm.models.batching import Outcomes
 from offline_lm.models.features import Features
@@ -36,6 +39,7 @@ class Learner:
         optim: `conf/optim`; steps, batch size and the rhythm of logs are the loop's. In the first `critic_first` of the
             steps values are regressed on returns, before they bootstrap from themselves.
         run: takes its losses, named with `prefix`, and its checkpoints.
+        weights: [N], of every row in the losses; None: all alike.
         outcomes: rewards and returns of every row, where they are not those of the batches (another discount).
         backbone: (target, online), where the backbone is trained with the heads. Of it, what requires gradients; it has
             a target of its own, or None.
@@ -44,10 +48,11 @@ class Learner:
     def __init__(
         self, algo: Any, heads: Heads, optim: DictConfig, run: Run, *, prefix: str = "",
         outcomes: Outcomes | None = None, backbone: tuple[nn.Module | None, nn.Module] | None = None,
+        weights: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.algo, self.heads, self.optim, self.run, self.prefix = algo, heads, optim, run, prefix
         self.on_returns = (QMC if algo.trains_q else CriticMC)(algo.gamma, algo.polyak)
-        self.outcomes, self.backbone = outcomes, backbone
+        self.outcomes, self.backbone, self.weights = outcomes, backbone, weights
         self.target = target_of(heads)
         slow, model = backbone or (None, None)
         self.trained = [heads] if model is None else [heads, model]
@@ -75,6 +80,8 @@ class Learner:
         """
         if self.outcomes is not None:
             batch = replace(batch, **self.outcomes.of(rows, batch.states.device))
+        if self.weights is not None:
+            batch = replace(batch, weight=self.weights[torch.from_numpy(rows).to(self.weights.device)])
         share = min(1.0, step / max(self.optim.warmup, 1), 1.05 - step / self.optim.steps)
         self.optimizer.param_groups[0]["lr"] = self.optim.lr * share
         algo = self.on_returns if step <= self.optim.critic_first * self.optim.steps else self.algo
@@ -143,6 +150,21 @@ def train(
         for learner in learners:
             learner.train(False)
     return step, True
+
+
+def head_options(setting: Setting) -> dict[str, Any]:
+    """`model.heads`; without whitening where features change as the backbone trains, or d3rlpy's networks read them."""
+    fixed = setting.cfg.model.train == "heads" and not isinstance(setting.algo, D3rlpy)
+    return {**setting.cfg.model.heads} | ({} if fixed else {"whitening": None})
+
+
+def examples(feats: Features, replay: Replay, tokens: Tokens, most: int = 16_384) -> tuple[Tensor, Tensor]:
+    """Features of states, and of all known actions, of the training side: evenly spaced ones, where there are many."""
+    of_response = np.repeat(~replay.held_out_rows, np.diff(tokens.branch_ptr))
+    rows = (np.flatnonzero(side) for side in (~replay.held_out_rows & tokens.usable, of_response))
+    chosen = (own[:: -(-len(own) // most)] for own in rows)
+    states, actions = (torch.from_numpy(np.array(x[own])) for x, own in zip((feats.v, feats.q), chosen, strict=True))
+    return states, actions
 
 
 @torch.no_grad()

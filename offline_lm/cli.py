@@ -104,6 +104,16 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
 
 
+def composed(config_name: str, *overrides: str) -> DictConfig:
+    """The configuration that a command would have, started with these ``key=value``.
+
+    Raises:
+        UserError: it would refuse them.
+    """
+    with _mistakes(config_name):
+        return _compose(config_name, [_quoted(arg) for arg in overrides], [])
+
+
 def _run(config_name: str, body: Body, argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")

@@ -15,16 +15,21 @@ import torch
 from omegaconf import DictConfig
 
 from offline_lm import cli
+from offline_lm._fit_actor import fit_actor
 from offline_lm._fit_checks import checked
+from offline_lm._fit_ilql import fit_ilql
 from offline_lm._fit_memory import Peaks
 from offline_lm._fit_prepare import compute_features, described, keep_backbone, kept_outside, prepare
 from offline_lm._fit_report import ranks, say_alarms, say_compared, say_next, say_selected, sites, target_gaps
 from offline_lm._fit_sweep import Setting, settings_of
-from offline_lm._fit_train import Learner, estimate, return_range, train, without_features
+from offline_lm._fit_train import Learner, estimate, examples, head_options, return_range, train, without_features
+from offline_lm.algos.actor import Actor
 from offline_lm.algos.d3rlpy import D3rlpy
+from offline_lm.algos.ilql import ILQL
 from offline_lm.algos.q_mc import QMC
 from offline_lm.batches import replay as replays
 from offline_lm.batches.replay import Replay
+from offline_lm.batches.sampling_store import from_store
 from offline_lm.models.batching import CachedBatches, Outcomes
 from offline_lm.models.critic import save_heads
 from offline_lm.models.encoding import EncodedBatches, training
@@ -42,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def fit(cfg: DictConfig) -> dict[str, Any]:
     settings = settings_of(cfg)
     device, *_ = [checked(setting.cfg) for setting in settings]
+    if isinstance(settings[0].algo, Actor):
+        return fit_actor(cfg, settings[0].algo, settings[0].name, device, fit)
+    if isinstance(settings[0].algo, ILQL):
+        return fit_ilql(cfg, settings[0].algo, settings[0].name, device)
     store = Store.open(cfg.data.store, cfg.data.version).frozen()
     peaks = Peaks(device)
     with store.connect() as db, explained(store):
@@ -49,6 +58,9 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
         replay = replay_of[settings[0].algo.gamma]
         ranges = {gamma: return_range(each) for gamma, each in replay_of.items()}
         say_selected(replay)
+        draws = from_store(db, store, replay, seed=cfg.seed, **cli.plain(cfg.data.sampling))
+        print(*draws.said, sep="\n", end="\n" * bool(draws.said))
+        weights = draws.weights(len(replay.episode_ids))[replay.episode_of] if draws.beta else None
         runs = [Run.start(store, setting.cfg, setting.name) for setting in settings]
         with failing(runs):
             with peaks.stage("prepare"):
@@ -59,19 +71,24 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
                 gamma = setting.algo.gamma
                 low, high = ranges[gamma]
                 torch.manual_seed(cfg.seed if setting.cfg.heads_seed is None else setting.cfg.heads_seed)
-                heads = Heads(width, **setting.cfg.model.heads, low=low, high=high).to(device)
+                heads = Heads(width, **head_options(setting), low=low, high=high).to(device)
+                if cfg.model.train == "heads":
+                    heads.whiten(*(x.to(device) for x in examples(feats, replay, tokens)))
                 own = None if replay_of[gamma] is replay else Outcomes(replay_of[gamma], tokens, device)
                 if isinstance(setting.algo, D3rlpy):
                     from offline_lm._fit_d3rlpy import D3rlpyLearner  # d3rlpy takes ten seconds to import
 
                     return D3rlpyLearner(setting.algo, heads, setting.cfg.optim, run, outcomes=own)
-                return Learner(setting.algo, heads, setting.cfg.optim, run, outcomes=own, **options)
+                of_rows = None if weights is None else torch.from_numpy(weights).float().to(device)
+                return Learner(setting.algo, heads, setting.cfg.optim, run, outcomes=own, weights=of_rows, **options)
 
-            baselines: dict[float, Learner] = {}
-            for setting, run in zip(settings, runs, strict=True):
-                gamma = setting.algo.gamma
-                if cfg.baselines and setting.name != "q_mc" and gamma not in baselines:  # one for all of a discount
-                    baselines[gamma] = learner(Setting(cfg, QMC(gamma, 0.01), "q_mc", {}), run, prefix="q_mc/")
+            def compared() -> dict[float, Learner]:
+                wanted = [(s.algo.gamma, run) for s, run in zip(settings, runs, strict=True) if s.name != "q_mc"]
+                first = dict(reversed(wanted)) if cfg.baselines else {}  # one for all settings of a discount
+                return {
+                    gamma: learner(Setting(cfg, QMC(gamma, 0.01), "q_mc", {}), run, prefix="q_mc/")
+                    for gamma, run in first.items()
+                }
 
             candidates = any(setting.algo.needs_candidates for setting in settings)
             if cfg.model.train == "heads":
@@ -81,11 +98,13 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
                         keep_backbone(cfg, model, tokenizer, run.folder)
                 del model  # heads train within the memory of features and heads
                 with peaks.stage("heads"):
+                    baselines = compared()
                     learners = [learner(setting, run) for setting, run in zip(settings, runs, strict=True)]
                     batches = CachedBatches(
                         feats, replay, tokens, device, candidates=candidates, resident=cfg.data.resident
                     )
-                    steps, whole = train([*learners, *baselines.values()], batches, replay, cfg.optim, cfg.seed)
+                    drawn = replays.episode_batches(replay, cfg.optim.batch_size, cfg.seed, draws=draws)
+                    steps, whole = train([*learners, *baselines.values()], batches, replay, cfg.optim, cfg.seed, drawn)
                     del batches
             else:  # training through the backbone: it leaves no features to share, so the baseline follows by itself
                 how = {key: cfg.model[key] for key in ("target", "gradient_checkpointing")}
@@ -97,15 +116,17 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
                     learners = [learner(settings[0], runs[0], backbone=(target_model, model))]
                     make = EncodedBatches(model, target_model, replay, tokens, device, autocast, candidates=candidates)
                     budget = cfg.optim.batch_tokens
-                    drawn = make.ahead(replays.token_batches(replay, tokens, budget, cfg.seed, candidates=candidates))
-                    steps, whole = train(learners, make, replay, cfg.optim, cfg.seed, drawn)
+                    drawn = replays.token_batches(replay, tokens, budget, cfg.seed, candidates=candidates, draws=draws)
+                    steps, whole = train(learners, make, replay, cfg.optim, cfg.seed, make.ahead(drawn))
                 with peaks.stage("features"):
                     feats = compute_features(cfg, store, model, tokens)
                     keep_backbone(cfg, model, tokenizer, runs[0].folder)
+                baselines = compared()
                 if baselines:
                     with peaks.stage("heads"):
                         batches = CachedBatches(feats, replay, tokens, device, resident=cfg.data.resident)
-                        train([*baselines.values()], batches, replay, cfg.optim, cfg.seed)
+                        drawn = replays.episode_batches(replay, cfg.optim.batch_size, cfg.seed, draws=draws)
+                        train([*baselines.values()], batches, replay, cfg.optim, cfg.seed, drawn)
 
             tables, verdicts = [], []
             with peaks.stage("values"):
@@ -125,7 +146,10 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
                     extra = rank | target_gaps(setting.name, trained, mine, feats, own, device)
                     gamma = setting.algo.gamma
                     tables.append(compare(store, run.run_id, own, tokens, said, gamma=gamma, extra=extra, site=site))
-                    verdicts.append(critic_alarms(store, run.run_id, own, tokens, said, tables[-1], of_logs))
+                    estimand = setting.algo.estimand
+                    verdicts.append(
+                        critic_alarms(store, run.run_id, own, tokens, said, tables[-1], of_logs, estimand=estimand)
+                    )
             metrics = [{**table[s.name], **peaks.metrics} for s, table in zip(settings, tables, strict=True)]
             for run, measured in zip(runs, metrics, strict=True):
                 run.finish("finished" if whole else "interrupted", steps, measured)

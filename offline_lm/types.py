@@ -8,13 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
 JSON = dict[str, Any]
+
+Estimand = Literal["returns", "behaviour", "expectile", "optimum"]
+"""What a critic's equations converge to on endless logs. returns: the mean return behind a state, which mixes the
+values of the policies that logged it; behaviour: the value of the mixed policy, which bootstrapping finds, since it
+forgets who acted; expectile: the fixed point of IQL; optimum: the value of the best policy. Of a conservative critic:
+what it would converge to without the penalty."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,3 +206,57 @@ class Batch:
     acted: Bool[Tensor, " n"]
     return_mask: Bool[Tensor, " n"]
     bootstrap_mask: Bool[Tensor, " n"]
+    weight: Float[Tensor, " n"] | None = None
+    """of each step in the means of losses, where sampling was biased (`batches.sampling`); None: all alike"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logged:
+    """N steps of E logged episodes end to end, and what a critic says of them: what advantages are made of.
+
+    All in float64 on the CPU; what is unknown is NaN.
+    """
+
+    offsets: Int[Tensor, " e+1"]
+    reward: Float[Tensor, " n"]
+    continues: Float[Tensor, " n"]
+    """1 - terminated"""
+    returns: Float[Tensor, " n"]
+    """G_t"""
+    acted: Bool[Tensor, " n"]
+    bootstrap_mask: Bool[Tensor, " n"]
+    """whether a one-step target exists"""
+    v: Float[Tensor, " n"]
+    q: Float[Tensor, " n"]
+    """of the logged action, the least of the ensemble"""
+    outcome: Float[Tensor, " e"]
+    """the sum of an episode's rewards"""
+    task: Int[Tensor, " e"]
+    page: Int[Tensor, " n"]
+    """equal where the same was seen in the same task"""
+    response_q: Float[Tensor, " m"]
+    """of every known response, the least of the ensemble; the logged one is the first of its step's"""
+    response_of: Int[Tensor, " m"]
+    """the step of each, ascending"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Responses:
+    """R responses of T tokens end to end, as the loss of an actor sees them.
+
+    A part of an update's batch: `weight` was made for the whole of it, so that losses of the parts add up.
+    """
+
+    logprobs: Float[Tensor, " t"]
+    """log pi(token | what stands before it), with gradient"""
+    owner: Int[Tensor, " t"]
+    """the response that a token belongs to, ascending"""
+    weight: Float[Tensor, " t"]
+    """of each token in the loss (`losses.policy.token_weights`)"""
+    advantages: Float[Tensor, " r"]
+    state: Int[Tensor, " r"]
+    """responses to the same step have the same number, ascending"""
+    old: Float[Tensor, " t"]
+    """the same log-probabilities under the policy that ratios are taken to; those of now where none are"""
+    reference: Float[Tensor, " t"]
+    """and under the policy that training began with"""

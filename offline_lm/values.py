@@ -16,6 +16,7 @@ from offline_lm.ope.alarms import Alarm
 from offline_lm.ope.clustered import Measured
 from offline_lm.ope.diagnostics import Estimates, by_part, intervals, judge, td_errors
 from offline_lm.store import Store
+from offline_lm.types import Estimand
 
 Array = np.ndarray
 
@@ -149,7 +150,7 @@ def log_alarms(db: duckdb.DuckDBPyConnection, replay: Replay, tokens: Tokens) ->
 
 def critic_alarms(
     store: Store, run_id: str, replay: Replay, tokens: Tokens, estimates: dict[str, Estimates],
-    table: dict[str, dict[str, float]], of_logs: Sequence[Alarm],
+    table: dict[str, dict[str, float]], of_logs: Sequence[Alarm], *, estimand: Estimand,
 ) -> tuple[dict[str, Measured], list[Alarm]]:  # fmt: skip
     """What is compared of the run's own critic, with intervals, and all alarms, those of its logs at the end.
 
@@ -157,13 +158,14 @@ def critic_alarms(
 
     Args:
         estimates, table: as `compare` took and returned them.
+        estimand: what the run's algorithm estimates.
     """
     held_out = bool(replay.held_out.any())
     mask = replay.held_out_rows if held_out else np.ones(len(replay), bool)
     critic, own = next(iter(estimates.items()))
     baselines = {k: v for k, v in estimates.items() if k in ("q_mc", "position_only") and k != critic}
     found = intervals(own, replay, tokens, mask, baselines)
-    raised = alarms.of_critic(critic, table[critic], found, behaviour=critic in alarms.OF_BEHAVIOUR)
+    raised = alarms.of_critic(critic, table[critic], found, estimand=estimand)
     raised += of_logs
     row = {"run_id": run_id, "split": "held_out" if held_out else "train", "group": critic, "n": int(mask.sum())}
     rows = [

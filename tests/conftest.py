@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import Phase, settings
 
 if TYPE_CHECKING:
     from offline_lm.batches.replay import Replay
     from offline_lm.batches.tokens import Tokens
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+
+# For `pytest --hypothesis-profile=...`: as many cases as an evening allows, or as few as each of 500 mutants can have.
+settings.register_profile("thorough", max_examples=10_000, deadline=None)
+settings.register_profile(
+    "quick", max_examples=20, deadline=None, derandomize=True, database=None, phases=(Phase.explicit, Phase.generate)
+)
 
 
 @pytest.fixture(scope="session")

@@ -110,6 +110,7 @@ def test_the_header_names_the_columns_and_the_parameters(store, name):
 
 def test_all_questions_are_there():
     assert QUESTIONS == [
+        "advantages.sql",
         "alarms.sql",
         "best_candidates.sql",
         "by_task.sql",
@@ -141,6 +142,31 @@ def test_credit(store):
     figures = ("bias", "action_bias", "sd", "rmse", "sign_accuracy", "sign_accuracy_sd", "correlation")
     assert [row[key] for key in figures] == pytest.approx([0.6, 0, 0.8, 1, 0.75, 0.125**0.5, 0.8])
     assert ask(store, "credit.sql", measurement="none") == []
+
+
+def test_advantages_of_one_episode(store):
+    failed = "SELECT episode_id FROM episodes WHERE success = false ORDER BY task_id"
+    (find,), (read,) = store.connect().sql(failed).fetchall()
+    v, q = [0.4, 0.35], [0.1, 0.3]
+    rows = ask(store, "advantages.sql", episode=find, gamma=0.5, lam=0.8)
+    assert pick(rows, "task_id", "success", "step", "action", "reward", "v", "q") == [
+        ("find", False, 0, "click[1]", 0.0, 0.4, 0.1),
+        ("find", False, 1, "back", 0.0, 0.35, 0.3),
+    ]
+    delta = [0.5 * v[1] - v[0], 0 - v[1]]
+    want = {
+        "reinforce_trajectory": [0, 0],
+        "reinforce": [0, 0],
+        "mc": [-0.4, -0.35],
+        "td": delta,
+        "gae": [delta[0] + 0.5 * 0.8 * delta[1], delta[1]],
+        "archer": [q[0] - v[0], q[1] - v[1]],
+        "grpo": [0, 0],  # alone in its task
+    }
+    for method, advantages in want.items():
+        assert [row[method] for row in rows] == pytest.approx(advantages), method
+    assert ask(store, "advantages.sql")[0]["episode_id"] == min(find, read)
+    assert ask(store, "advantages.sql", episode="nowhere") == []
 
 
 def test_decisive_steps_by_advantage(store):

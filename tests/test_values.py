@@ -169,7 +169,7 @@ def test_alarms_are_rows_with_their_sentences(logged):
     dead = Estimates(np.full(len(replay), 0.5), np.full(len(tokens.response_ptr) - 1, 0.5))
     table = compare(store, "alarmed", replay, tokens, {"q_mc": dead}, gamma=GAMMA)
     compared, raised = critic_alarms(
-        store, "alarmed", replay, tokens, {"q_mc": dead}, table, log_alarms(db, replay, tokens)
+        store, "alarmed", replay, tokens, {"q_mc": dead}, table, log_alarms(db, replay, tokens), estimand="returns"
     )
     assert compared == {}  # three episodes are too few
     assert {alarm.name for alarm in raised} == {"dead_head"}

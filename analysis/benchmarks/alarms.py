@@ -23,16 +23,24 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
+from offline_lm.algos.critic_mc import CriticMC
+from offline_lm.algos.iql_lm import IQL
+from offline_lm.algos.q_mc import QMC
+from offline_lm.algos.sarsa import Sarsa
 from offline_lm.batches.replay import Replay
 from offline_lm.batches.tokens import Tokens
 from offline_lm.envs.exact import TextMDP
 from offline_lm.envs.shop import Site, Task
 from offline_lm.ope import alarms, diagnostics, leaks
 from offline_lm.ope.diagnostics import Estimates
+from offline_lm.types import Estimand
 from offline_lm.values import stated_rewards
 
 Array = np.ndarray
 GAMMA, TAU, EPISODES = 0.95, 0.8, 4
+ESTIMAND: dict[str, Estimand] = {
+    "q_mc": QMC.estimand, "iql_lm": IQL.estimand, "critic_mc": CriticMC.estimand, "sarsa": Sarsa.estimand,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -206,7 +214,7 @@ def judged(run: Run) -> list[alarms.Alarm]:
     numbers |= {"rank_v": diagnostics.effective_rank(run.features)}
     numbers |= {"target_gap": diagnostics.target_gap(run.own.v, run.target, replay)}
     compared = diagnostics.intervals(run.own, replay, tokens, rows, baselines)
-    found = alarms.of_critic(run.algo, numbers, compared, behaviour=run.algo in alarms.OF_BEHAVIOUR)
+    found = alarms.of_critic(run.algo, numbers, compared, estimand=ESTIMAND[run.algo])
     with duckdb.connect() as db:
         columns = {
             "episode_id": np.array(replay.episode_ids)[replay.episode_of], "observation": run.pages,

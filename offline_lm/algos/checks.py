@@ -28,6 +28,17 @@ def check_at_least_0(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value}: a number from 0 is wanted")
 
 
+def check_above_0(name: str, value: Any) -> None:
+    """A finite number above 0.
+
+    Raises:
+        ValueError: as for `check_share`.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise ValueError(f"{name}={value}: a number above 0 is wanted")
+
+
 def check_count(name: str, value: Any) -> None:
     """A whole number from 1.
 

@@ -12,7 +12,7 @@ from offline_lm.algos.iql_lm import IQL
 from offline_lm.algos.q_learning import QLearning
 from offline_lm.losses.conservative import cql_penalty
 from offline_lm.models.heads import Heads
-from offline_lm.types import Batch
+from offline_lm.types import Batch, Estimand
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,13 @@ class CQL:
         check_share("tau", self.tau, ends=False)
         check_share("polyak", self.polyak)
 
+    @property
+    def estimand(self) -> Estimand:
+        return IQL.estimand if self.base == "iql" else QLearning.estimand
+
     def loss(self, critic: Heads, target: Heads, batch: Batch) -> dict[str, Tensor]:
         iql, q_learning = IQL(self.gamma, self.tau, self.polyak), QLearning(self.gamma, self.polyak)
         losses = (iql if self.base == "iql" else q_learning).loss(critic, target, batch)
         logged, candidates = critic.q_values(batch.actions), critic.q_values(batch.candidates)
-        return losses | {"cql": self.alpha * cql_penalty(candidates, batch.candidate_of, logged, batch.acted)}
+        penalty = cql_penalty(candidates, batch.candidate_of, logged, batch.acted, batch.weight)
+        return losses | {"cql": self.alpha * penalty}

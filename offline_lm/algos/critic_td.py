@@ -11,7 +11,7 @@ from torch import Tensor
 from offline_lm.algos.checks import check_count, check_share
 from offline_lm.losses.returns import lambda_returns, n_step_returns, next_values
 from offline_lm.models.heads import Heads
-from offline_lm.types import Batch
+from offline_lm.types import Batch, Estimand
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class CriticTD:
 
     trains_q: ClassVar[bool] = False
     needs_candidates: ClassVar[bool] = False
+    estimand: ClassVar[Estimand] = "behaviour"
 
     def __post_init__(self) -> None:
         check_share("gamma", self.gamma)
@@ -54,4 +55,4 @@ class CriticTD:
                 y = lambda_returns(reward, continues, following, batch.offsets, gamma=self.gamma, lam=self.lam)
             else:
                 y = n_step_returns(reward, continues, following, batch.offsets, gamma=self.gamma, steps=self.n_step)
-        return {"v": critic.v.regress(critic.v(batch.states), y, known)}
+        return {"v": critic.v.regress(critic.v(batch.states), y, known, batch.weight)}

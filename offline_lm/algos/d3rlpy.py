@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from offline_lm.algos.checks import check_share
+from offline_lm.types import Estimand
 
 NAMES = ("IQL", "CQL", "AWAC", "CRR", "TD3PlusBC", "BCQ", "BEAR", "PLAS", "SAC", "TD3", "DDPG")
 
@@ -38,3 +39,8 @@ class D3rlpy:
         check_share("gamma", self.gamma)
         check_share("tau", self.tau, ends=False)
         check_share("polyak", self.polyak)
+
+    @property
+    def estimand(self) -> Estimand:
+        """IQL's expectile; Q of the others is that of an actor which seeks the best action that the logs allow."""
+        return "expectile" if self.name == "IQL" else "optimum"

@@ -10,7 +10,7 @@ from torch import Tensor
 from offline_lm.algos.checks import check_share
 from offline_lm.algos.iql_lm import targets
 from offline_lm.models.heads import Heads
-from offline_lm.types import Batch
+from offline_lm.types import Batch, Estimand
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class DigiQ:
 
     trains_q: ClassVar[bool] = True
     needs_candidates: ClassVar[bool] = False
+    estimand: ClassVar[Estimand] = "behaviour"
 
     def __post_init__(self) -> None:
         check_share("gamma", self.gamma)
@@ -38,6 +39,6 @@ class DigiQ:
     def loss(self, critic: Heads, target: Heads, batch: Batch) -> dict[str, Tensor]:
         q_bar, y, known = targets(target, batch, self.gamma)
         return {
-            "v": critic.v.regress(critic.v(batch.states), q_bar, known),
-            "q": critic.q.regress(critic.q(batch.actions), y, known),
+            "v": critic.v.regress(critic.v(batch.states), q_bar, known, batch.weight),
+            "q": critic.q.regress(critic.q(batch.actions), y, known, batch.weight),
         }

@@ -12,7 +12,7 @@ from offline_lm.algos.checks import check_share
 from offline_lm.losses.returns import next_values
 from offline_lm.losses.td import ensemble_min, td_target
 from offline_lm.models.heads import Heads
-from offline_lm.types import Batch
+from offline_lm.types import Batch, Estimand
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class IQL:
 
     trains_q: ClassVar[bool] = True
     needs_candidates: ClassVar[bool] = False
+    estimand: ClassVar[Estimand] = "expectile"
 
     def __post_init__(self) -> None:
         check_share("gamma", self.gamma)
@@ -42,8 +43,8 @@ class IQL:
     def loss(self, critic: Heads, target: Heads, batch: Batch) -> dict[str, Tensor]:
         q_bar, y, known = targets(target, batch, self.gamma)
         return {
-            "v": critic.v.expectile(critic.v(batch.states), q_bar, self.tau, known),
-            "q": critic.q.regress(critic.q(batch.actions), y, known),
+            "v": critic.v.expectile(critic.v(batch.states), q_bar, self.tau, known, batch.weight),
+            "q": critic.q.regress(critic.q(batch.actions), y, known, batch.weight),
         }
 
 

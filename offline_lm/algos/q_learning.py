@@ -13,7 +13,7 @@ from offline_lm.losses.candidates import candidate_max
 from offline_lm.losses.returns import next_values
 from offline_lm.losses.td import ensemble_min, td_target
 from offline_lm.models.heads import Heads
-from offline_lm.types import Batch
+from offline_lm.types import Batch, Estimand
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class QLearning:
 
     trains_q: ClassVar[bool] = True
     needs_candidates: ClassVar[bool] = True
+    estimand: ClassVar[Estimand] = "optimum"
 
     def __post_init__(self) -> None:
         check_share("gamma", self.gamma)
@@ -46,6 +47,6 @@ class QLearning:
             y = td_target(batch.reward, batch.continues, next_values(best, batch.offsets), gamma=self.gamma)
         known = batch.acted & batch.bootstrap_mask & ~y.isnan()
         return {
-            "v": critic.v.regress(critic.v(batch.states), best, batch.acted),
-            "q": critic.q.regress(critic.q(batch.actions), y, known),
+            "v": critic.v.regress(critic.v(batch.states), best, batch.acted, batch.weight),
+            "q": critic.q.regress(critic.q(batch.actions), y, known, batch.weight),
         }

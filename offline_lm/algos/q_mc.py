@@ -9,7 +9,7 @@ from torch import Tensor
 
 from offline_lm.algos.checks import check_share
 from offline_lm.models.heads import Heads
-from offline_lm.types import Batch
+from offline_lm.types import Batch, Estimand
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class QMC:
 
     trains_q: ClassVar[bool] = True
     needs_candidates: ClassVar[bool] = False
+    estimand: ClassVar[Estimand] = "returns"
 
     def __post_init__(self) -> None:
         check_share("gamma", self.gamma)
@@ -34,6 +35,6 @@ class QMC:
     def loss(self, critic: Heads, target: Heads, batch: Batch) -> dict[str, Tensor]:
         known = batch.acted & batch.return_mask
         return {
-            "v": critic.v.regress(critic.v(batch.states), batch.returns, known),
-            "q": critic.q.regress(critic.q(batch.actions), batch.returns, known),
+            "v": critic.v.regress(critic.v(batch.states), batch.returns, known, batch.weight),
+            "q": critic.q.regress(critic.q(batch.actions), batch.returns, known, batch.weight),
         }

@@ -12,7 +12,7 @@ from offline_lm.algos.checks import check_count, check_share
 from offline_lm.losses.returns import n_step_returns, next_values
 from offline_lm.losses.td import ensemble_min
 from offline_lm.models.heads import Heads
-from offline_lm.types import Batch
+from offline_lm.types import Batch, Estimand
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Sarsa:
 
     trains_q: ClassVar[bool] = True
     needs_candidates: ClassVar[bool] = False
+    estimand: ClassVar[Estimand] = "behaviour"
 
     def __post_init__(self) -> None:
         check_share("gamma", self.gamma)
@@ -50,6 +51,6 @@ class Sarsa:
             following = next_values(q_bar, batch.offsets)
             y = n_step_returns(reward, continues, following, batch.offsets, gamma=self.gamma, steps=self.n_step)
         return {
-            "v": critic.v.regress(critic.v(batch.states), q_bar, batch.acted),
-            "q": critic.q.regress(critic.q(batch.actions), y, known),
+            "v": critic.v.regress(critic.v(batch.states), q_bar, batch.acted, batch.weight),
+            "q": critic.q.regress(critic.q(batch.actions), y, known, batch.weight),
         }

@@ -10,7 +10,7 @@ from torch import Tensor
 from offline_lm.algos.checks import check_at_least_0, check_share
 from offline_lm.algos.iql_lm import targets
 from offline_lm.models.heads import Heads
-from offline_lm.types import Batch
+from offline_lm.types import Batch, Estimand
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class WeightedIQL:
 
     trains_q: ClassVar[bool] = True
     needs_candidates: ClassVar[bool] = False
+    estimand: ClassVar[Estimand] = "expectile"
 
     def __post_init__(self) -> None:
         check_share("gamma", self.gamma)
@@ -45,6 +46,7 @@ class WeightedIQL:
     def loss(self, critic: Heads, target: Heads, batch: Batch) -> dict[str, Tensor]:
         q_bar, y, known = targets(target, batch, self.gamma)
         weight = 1 + self.weight * batch.returns.where(batch.return_mask, 0.0).clamp_min(0)
+        weight = weight if batch.weight is None else weight * batch.weight
         return {
             "v": critic.v.expectile(critic.v(batch.states), q_bar, self.tau, known, weight),
             "q": critic.q.regress(critic.q(batch.actions), y, known, weight),

@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 
 from offline_lm.batches.pack import packed_lengths
+from offline_lm.batches.sampling import Sampler, rows_of, uniform
 from offline_lm.batches.tokens import Tokens
 from offline_lm.errors import UserError
 from offline_lm.losses.returns import bootstrap_mask, discounted_returns
@@ -100,7 +101,7 @@ def select(
     Raises:
         UserError: a condition that is not SQL, that selects nothing, or an empty store.
     """
-    with _explained(where):
+    with explained(where):
         table = _query(db, _NUMBERS, where).to_arrow_table()
     if table.num_rows == 0:
         ((total,),) = db.sql("SELECT count(*) FROM episodes").fetchall()
@@ -169,43 +170,42 @@ def _query(db: duckdb.DuckDBPyConnection, columns: str, where: str) -> duckdb.Du
 
 
 @contextmanager
-def _explained(where: str) -> Iterator[None]:
+def explained(where: str, key: str = "data.where") -> Iterator[None]:
+    """Turns an error of DuckDB into a UserError about the condition `where`, which the user gave as `key`."""
     try:
         yield
     except (duckdb.ProgrammingError, duckdb.DataError) as error:
         reason = str(error).split("\n\nLINE ")[0]  # DuckDB goes on with our own query and a caret
         raise UserError(
-            f"data.where={where!r} is not a condition over the view `episodes`: {' '.join(reason.split())}"
+            f"{key}={where!r} is not a condition over the view `episodes`: {' '.join(reason.split())}"
         ) from error
 
 
-def episode_batches(replay: Replay, size: int, seed: int) -> Iterator[Array]:
-    """Endless batches of at least `size` rows: whole training episodes, shuffled anew in every epoch.
+def episode_batches(
+    replay: Replay, size: int, seed: int, *, draws: Sampler | None = None, start: int = 0
+) -> Iterator[Array]:
+    """Endless batches of at least `size` rows: whole training episodes, by default shuffled anew in every epoch.
 
     Rows of an episode stay together and in order, so that V(s_{t+1}) is the next row of the batch.
+
+    Args:
+        draws: which episodes; `seed` is not used then.
+        start: the step of the first batch. The batch of a step depends on nothing else.
     """
-    rng = np.random.default_rng(seed)
-    usable, offsets = np.flatnonzero(~replay.held_out), replay.offsets.tolist()
-    batch: list[Array] = []
-    held = 0
-    while True:
-        for e in rng.permutation(usable):
-            batch.append(np.arange(offsets[e], offsets[e + 1]))
-            held += len(batch[-1])
-            if held >= size:
-                yield np.concatenate(batch)
-                batch, held = [], 0
+    draws = draws or uniform(~replay.held_out, seed)
+    for episodes in draws.batches(np.diff(replay.offsets), at_least=size, start=start):
+        yield rows_of(replay.offsets, episodes)
 
 
 def token_batches(
-    replay: Replay, tokens: Tokens, budget: int, seed: int, *, candidates: bool = False
-) -> Iterator[Array]:
+    replay: Replay, tokens: Tokens, budget: int, seed: int, *, candidates: bool = False,
+    draws: Sampler | None = None, start: int = 0,
+) -> Iterator[Array]:  # fmt: skip
     """Endless batches of rows for training through the backbone: whole training episodes of `budget` tokens together.
 
     Tokens are counted as they are packed, each state's prompt with its logged action (or all its `candidates`), and
-    what prompts of an episode share once. Episodes are shuffled anew in every epoch; a batch ends before the episode
-    that would exceed the budget, and an episode that alone exceeds it is a batch of its own. Rows of an episode stay
-    together and in order.
+    what prompts of an episode share once. A batch ends before the episode that would exceed the budget, and an episode
+    that alone exceeds it is a batch of its own. Else, and `draws` and `start`, as in `episode_batches`.
     """
     if candidates:
         said = np.diff(tokens.response_ptr[tokens.branch_ptr])
@@ -214,15 +214,7 @@ def token_batches(
         said[tokens.acted] = np.diff(tokens.response_ptr)[tokens.branch_ptr[:-1][tokens.acted]]
     lengths, shared = packed_lengths(tokens, np.arange(len(tokens)), said)
     shared[replay.offsets[:-1]] = 0
-    sizes = np.add.reduceat(lengths - shared, replay.offsets[:-1]).tolist()
-    rng = np.random.default_rng(seed)
-    usable, offsets = np.flatnonzero(~replay.held_out), replay.offsets.tolist()
-    batch: list[Array] = []
-    held = 0
-    while True:
-        for e in rng.permutation(usable).tolist():
-            if batch and held + sizes[e] > budget:
-                yield np.concatenate(batch)
-                batch, held = [], 0
-            batch.append(np.arange(offsets[e], offsets[e + 1]))
-            held += sizes[e]
+    sizes = np.add.reduceat(lengths - shared, replay.offsets[:-1])
+    draws = draws or uniform(~replay.held_out, seed)
+    for episodes in draws.batches(sizes, at_most=budget, start=start):
+        yield rows_of(replay.offsets, episodes)

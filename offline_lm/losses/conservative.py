@@ -14,8 +14,9 @@ def cql_penalty(
     owner: Int[Tensor, " m"],
     logged: Float[Tensor, "k n"],
     mask: Bool[Tensor, " n"] | None = None,
+    weight: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean over steps of ``log sum_{a in C(s)} exp Q(s, a) - Q(s, a_t)``, summed over an ensemble.
+    """Mean over steps, by ``weight``, of ``log sum_{a in C(s)} exp Q(s, a) - Q(s, a_t)``, summed over an ensemble.
 
     CQL(H) of Kumar et al. 2020 (eq. 4), with the candidates C(s), the logged action among them, for the action space.
     It is at least 0, and 0 where the logged action is the only candidate.
@@ -30,4 +31,4 @@ def cql_penalty(
     k, n = logged.shape
     if candidates.shape[:1] != (k,):
         raise ValueError(f"candidates of shape {tuple(candidates.shape)} for an ensemble of {k}")
-    return masked_mean(candidate_logsumexp(candidates, owner, n) - logged, mask)
+    return masked_mean(candidate_logsumexp(candidates, owner, n) - logged, mask, weight)

@@ -173,6 +173,9 @@ def gae(
     """``A_t = delta_t + gamma lam continue_t A_{t+1}`` (Schulman et al. 2016, eq. 16), per turn.
 
     ``lam`` = 0 is the TD residual, ``lam`` = 1 the return (bootstrapped where the episode was cut) less V.
+
+    A last step that continues into nothing logged (`bootstrap_mask`) has no residual, but the trace would carry one to
+    the steps before it: give it as r = V, continue = 0, and mask it.
     """
     delta = td_residuals(rewards, continues, values, next_values, gamma=gamma)
     return reverse_scan(gamma * lam * continues, delta, offsets)

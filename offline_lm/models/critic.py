@@ -89,7 +89,7 @@ class Critic:
         Raises:
             UserError: a state with nothing seen, or whose goal and last past action exceed the critic's `max_tokens`.
         """
-        numbered = (_row(state, number, self._shown) for number, state in enumerate(states))
+        numbered = (state_row(state, number, self._shown) for number, state in enumerate(states))
         done = 0
         for part in chunks(numbered, chunk, _CHARACTERS):
             for number, score in enumerate(self._score(part, token_budget), done):
@@ -103,7 +103,7 @@ class Critic:
 
     def score_chunk(self, states: Iterable[dict[str, Any]], *, token_budget: int | None = None) -> list[Score | None]:
         """As `score`, all at once; None for a state whose goal and last past action exceed `max_tokens`."""
-        return self._score([_row(state, number, self._shown) for number, state in enumerate(states)], token_budget)
+        return self._score([state_row(state, number, self._shown) for number, state in enumerate(states)], token_budget)
 
     @property
     def _context(self) -> str:
@@ -158,15 +158,23 @@ def save_heads(folder: Path, heads: Heads, config: dict[str, Any], backbone_path
 
 
 def find_run(run: str, store_url: str) -> Path:
+    """Folder of the run that ``run`` names, which holds a critic: `find_run_folder`."""
+    return find_run_folder(run, store_url, "critic.json")
+
+
+def find_run_folder(run: str, store_url: str, file: str) -> Path:
     """Folder of the run that ``run`` names: a folder itself, or a run id or ``latest`` of the store.
 
     A run lies where the table `runs` says; a store that was moved keeps those in its own runs/.
 
+    Args:
+        file: what the folder must hold: critic.json or policy.json.
+
     Raises:
-        UserError: no such run, or its folder is gone or holds no critic.
+        UserError: no such run, or its folder is gone or holds no such file.
     """
-    if (Path(run) / "critic.json").is_file() or os.sep in run:
-        return Path(run)  # Critic.from_pretrained says what a folder without a critic lacks
+    if (Path(run) / file).is_file() or os.sep in run:
+        return Path(run)  # from_pretrained says what a folder lacks
     store = Store.open(store_url)
     run_id = store.resolve_run(run)
     with store.connect() as db:
@@ -176,9 +184,10 @@ def find_run(run: str, store_url: str) -> Path:
     if store.is_local:
         folders.append(store.run_dir(run_id))
     for folder in folders:
-        if (folder / "critic.json").is_file():
+        if (folder / file).is_file():
             return folder
-    problem = f"has no critic in {folders[0]}" if folders and folders[0].is_dir() else f"is gone: no folder {recorded}"
+    kind = file.removesuffix(".json")
+    problem = f"has no {kind} in {folders[0]}" if folders and folders[0].is_dir() else f"is gone: no folder {recorded}"
     raise UserError(f"run {run_id} ({status}) {problem}; restore it, train again, or name another run or its folder")
 
 
@@ -221,7 +230,7 @@ def _hashable(value: Any) -> Any:
     return value if value is None or isinstance(value, str) else tuple(value)
 
 
-def _row(state: dict[str, Any], number: int, history: int | None) -> dict[str, Any]:
+def state_row(state: dict[str, Any], number: int, history: int | None) -> dict[str, Any]:
     """One state as `tokenize` takes a step, with what is shown of the history that it brings."""
     row = {key: state.get(key) for key in _KEYS}
     if isinstance(row["messages"], list):

@@ -34,12 +34,15 @@ class Head(nn.Module):
         k: members of the ensemble.
         hidden: size of both hidden layers.
         support: bins of a categorical value; None for a scalar one.
+        whitens: whether features are whitened first (`whiten`).
 
     Attributes:
         autocast: dtype that the products are computed in, where it is not the weights'.
     """
 
-    def __init__(self, width: int, k: int, hidden: int, support: Support | None = None) -> None:
+    def __init__(
+        self, width: int, k: int, hidden: int, support: Support | None = None, *, whitens: bool = False
+    ) -> None:
         super().__init__()
         self.k, self.support = k, support
         self.autocast: torch.dtype | None = None
@@ -47,6 +50,10 @@ class Head(nn.Module):
         sizes = [width, hidden, hidden, out]
         # Without its own gain and bias, which the first layer has already: a backward product the less.
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.whitens = whitens
+        if whitens:
+            self.register_buffer("mean", torch.zeros(width))
+            self.register_buffer("whitening", torch.eye(width))
         self.weights = nn.ParameterList(nn.Parameter(_uniform(k, a, b)) for a, b in pairwise(sizes))
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(k, 1, b)) for b in sizes[1:])
         with torch.no_grad():
@@ -61,7 +68,10 @@ class Head(nn.Module):
     def forward(self, features: Float[Tensor, "n d"]) -> Tensor:
         """Raw outputs, in the dtype of the weights: values [k, n], or logits [k, n, m] of categorical values."""
         dtype = self.weights[0].dtype
-        x = self.norm(features.to(dtype)).expand(self.k, -1, -1)
+        x = self.norm(features.to(dtype))
+        if self.whitens:
+            x = (x - self.mean) @ self.whitening
+        x = x.expand(self.k, -1, -1)
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
             for i, (w, b) in enumerate(zip(self.weights, self.biases, strict=True)):
                 x = torch.baddbmm(b, x, w)
@@ -69,6 +79,23 @@ class Head(nn.Module):
                     x = nn.functional.gelu(x)
         x = x.to(dtype)
         return x if self.support is not None else x[..., 0]
+
+    @torch.no_grad()
+    def whiten(self, features: Float[Tensor, "n d"], floor: float) -> None:
+        """From now on give the directions in which the `features` vary scales that are closer to each other.
+
+        A backbone's features differ most in what has little to do with values. What tells two actions of a page apart
+        may vary a hundredth as much, and would be learnt last.
+
+        Args:
+            floor: added to the variances, as a share of their mean: towards 0 all scales are 1, and noise is as loud as
+                the rest; the greater, the more is left as it is.
+        """
+        x = self.norm(features.double())
+        self.mean.copy_(x.mean(dim=0))
+        variance, directions = torch.linalg.eigh((x - x.mean(dim=0)).T.cov(correction=0))
+        scale = (variance.clamp(min=0) + floor * variance.mean()).rsqrt()
+        self.whitening.copy_(directions * scale @ directions.T)
 
     def read(self, raw: Tensor) -> Float[Tensor, "k n"]:
         """The values that raw outputs stand for."""
@@ -111,23 +138,32 @@ class Heads(nn.Module):
     Args:
         low, high: least and greatest return that the data can reach: the range of categorical values.
         loss: mse or hl_gauss.
+        whitening: the floor of `Head.whiten`; None: features are read as they are.
     """
 
     def __init__(
         self, width: int, *, ensemble: int = 2, hidden: int = 256, loss: str = "mse", bins: int = 101,
-        low: float = 0.0, high: float = 1.0,
+        low: float = 0.0, high: float = 1.0, whitening: float | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if loss not in ("mse", "hl_gauss"):
             raise ValueError(f"loss is mse or hl_gauss, not {loss!r}")
-        self.options = dict(ensemble=ensemble, hidden=hidden, loss=loss, bins=bins, low=low, high=high)
+        self.options = dict(
+            ensemble=ensemble, hidden=hidden, loss=loss, bins=bins, low=low, high=high, whitening=whitening
+        )
         support = None if loss == "mse" else make_support(low, high if high > low else low + 1.0, bins)
-        self.v = Head(width, 1, hidden, support)
-        self.q = Head(width, ensemble, hidden, support)
+        self.v = Head(width, 1, hidden, support, whitens=whitening is not None)
+        self.q = Head(width, ensemble, hidden, support, whitens=whitening is not None)
 
     def compute_in(self, dtype: torch.dtype | None) -> None:
         """Compute the products of both heads in `dtype`, through autocast; None: in that of the weights."""
         self.v.autocast = self.q.autocast = dtype
+
+    def whiten(self, states: Float[Tensor, "n d"], actions: Float[Tensor, "m d"]) -> None:
+        """`Head.whiten` of both heads by the features that each will read; nothing where `whitening` is None."""
+        if (floor := self.options["whitening"]) is not None:
+            self.v.whiten(states, floor)
+            self.q.whiten(actions, floor)
 
     def values(self, states: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         return self.v.read(self.v(states))[0]

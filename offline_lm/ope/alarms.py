@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 from offline_lm.ope.clustered import Measured
 from offline_lm.ope.leaks import Told
+from offline_lm.types import Estimand
 
-OF_BEHAVIOUR = frozenset({"q_mc", "critic_mc", "critic_td", "sarsa", "digi_q"})
-"""Algorithms whose V and Q estimate the return of the logs' own policy. Others are above it on purpose (an expectile, a
-maximum over candidates) or below it (a penalty): the level of their values is held against nothing but the bounds."""
+ON_POLICY = frozenset[Estimand]({"returns", "behaviour"})
+"""Estimands that are the return of the logs' own policies. Others lie above it on purpose (an expectile, a maximum over
+candidates): the level of their values is held against nothing but the bounds."""
 
 LARGEST = 10.0
 """Greatest value over the greatest return. No bootstrapped value that is on its way to a fixed point passes it."""
@@ -71,7 +72,7 @@ class Alarm(NamedTuple):
 
 
 def of_critic(
-    critic: str, judged: Mapping[str, float], compared: Mapping[str, Measured], *, behaviour: bool
+    critic: str, judged: Mapping[str, float], compared: Mapping[str, Measured], *, estimand: Estimand
 ) -> list[Alarm]:
     """What is wrong with a critic's estimates, the gravest first.
 
@@ -79,10 +80,11 @@ def of_critic(
         critic: its name.
         judged: what `diagnostics.judge` measured; what is absent or NaN raises nothing.
         compared: what `diagnostics.intervals` measured.
-        behaviour: whether V and Q estimate the return of the logs' own policy (`OF_BEHAVIOUR`).
+        estimand: what its V and Q converge to.
     """
-    found = [*_numbers(critic, judged), *_outcomes(critic, compared, SLOPE if behaviour else SLOPE_OF_OTHERS)]
-    return found + (list(_level(critic, compared)) if behaviour else [])
+    on_policy = estimand in ON_POLICY
+    found = [*_numbers(critic, judged), *_outcomes(critic, compared, SLOPE if on_policy else SLOPE_OF_OTHERS)]
+    return found + (list(_level(critic, compared)) if on_policy else [])
 
 
 def _numbers(critic: str, judged: Mapping[str, float]) -> Iterator[Alarm]:

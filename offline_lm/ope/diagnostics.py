@@ -70,6 +70,14 @@ def kendall(truth: Array, estimate: Array, *, tolerance: float = 1e-9) -> float:
     return float(np.mean(np.sign(difference[ordered]) * np.sign(estimate[i][ordered] - estimate[j][ordered])))
 
 
+def spearman(a: Array, b: Array) -> float:
+    """Spearman's rank correlation of `a` [n] and `b` [n]; NaN where either is constant, or of fewer than two."""
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return NAN
+    result: Any = spearmanr(a, b)
+    return float(result.statistic)
+
+
 def position_only(replay: Replay) -> Array:
     """float64 [N]: the mean return of the training steps at the same position (and beyond, for rare ones).
 
@@ -198,8 +206,8 @@ def judge(estimates: Estimates, replay: Replay, tokens: Tokens, rows: Array, *, 
         "v_spread": _ratio(v.std(), g.std()) if len(g) else NAN,
         "td_rms": float(np.sqrt(_mean(td[np.isfinite(td)] ** 2))),
         "turn_r2": explained_variance(_means(v, turn), v) if v.std() > 1e-9 else NAN,
-        "turn_corr": _spearman(v, turn),
-        "length_corr": _spearman(v, prompt),
+        "turn_corr": spearman(v, turn),
+        "length_corr": spearman(v, prompt),
     }
     return out if estimates.q is None else out | _judge_q(estimates, estimates.q, replay, tokens, at)
 
@@ -213,8 +221,8 @@ def _judge_q(estimates: Estimates, q: Array, replay: Replay, tokens: Tokens, at:
         "q_bias": _mean(said - g),
         "spread": _ratio(said.std(), std) if len(g) else NAN,
         "q_above_v": explained_variance(said, g) - explained_variance(estimates.v[at.logged], g),
-        "q_turn_corr": _spearman(said, _turn(replay)[at.logged]),
-        "q_length_corr": _spearman(said, length),
+        "q_turn_corr": spearman(said, _turn(replay)[at.logged]),
+        "q_length_corr": spearman(said, length),
     }
     if estimates.ensemble is not None and len(estimates.ensemble) > 1 and len(g):
         members = estimates.ensemble[:, branch]
@@ -367,13 +375,6 @@ def _means(x: Array, group: Array) -> Array:
     """float64 [n]: the mean of x [n] over the rows of the same group."""
     ids = np.unique(group, return_inverse=True)[1]
     return (np.bincount(ids, x) / np.bincount(ids))[ids]
-
-
-def _spearman(a: Array, b: Array) -> float:
-    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return NAN
-    result: Any = spearmanr(a, b)
-    return float(result.statistic)
 
 
 def _ratio(a: float, b: float) -> float:

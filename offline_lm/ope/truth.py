@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from offline_lm.envs.exact import TextMDP
 from offline_lm.envs.play import Choose, play_texts
-from offline_lm.ope.diagnostics import kendall
+from offline_lm.ope.diagnostics import kendall, spearman
+from offline_lm.types import Estimand
 
 Array = np.ndarray
 
@@ -19,12 +19,6 @@ class Scorer(Protocol):
     """What is judged: `score` of `offline_lm.models.critic.Critic`."""
 
     def score(self, states: Any) -> Any: ...
-
-
-Estimand = Literal["returns", "behaviour", "expectile", "optimum"]
-"""What a critic's equations converge to on endless logs. returns: the mean return behind a state, which mixes the
-values of the policies that logged it; behaviour: the value of the mixed policy, which bootstrapping finds, since it
-forgets who acted; expectile: the fixed point of IQL; optimum: the value of the best policy."""
 
 
 def exact(
@@ -71,7 +65,7 @@ def exact(
         rows.append({
             "kendall": float(np.average(taus[ordered], weights=visits[ordered])),
             "hit": float(np.average(hits[ordered], weights=visits[ordered])),
-            "spearman_v": _spearman(v[seen], v_true[seen]),
+            "spearman_v": spearman(v[seen], v_true[seen]),
             "mse_v": float(np.average((v - v_true) ** 2, weights=visits)),
             "mse_q": float(np.average(q_error, weights=visits)),
             "sign": float(np.average(right[decided], weights=weight[decided])),
@@ -81,7 +75,7 @@ def exact(
         })  # fmt: skip
     out = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     out |= {f"rmse_{of}": float(np.sqrt(out.pop(f"mse_{of}"))) for of in "vq"}
-    out["spearman_v_pooled"] = _spearman(np.concatenate(pooled_v), np.concatenate(pooled_truth))
+    out["spearman_v_pooled"] = spearman(np.concatenate(pooled_v), np.concatenate(pooled_truth))
     out["gap_recovered"] = (out["greedy"] - out["behaviour"]) / (out["optimum"] - out["behaviour"])
     return out
 
@@ -129,8 +123,3 @@ def _score(critic: Scorer, task: TextMDP) -> tuple[Array, Array]:
         if score.q is not None:
             q[s, : len(score.q)] = score.q
     return v, q
-
-
-def _spearman(a: Array, b: Array) -> float:
-    result: Any = spearmanr(a, b)
-    return float(result.statistic)

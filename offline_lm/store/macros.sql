@@ -49,29 +49,119 @@ CREATE MACRO td_residuals(run, gamma) AS TABLE
     LEFT JOIN stored_values AS later
         ON later.run_id = run AND later.episode_id = t.episode_id AND later.step = t.step + 1;
 
--- gae_advantages(run, gamma, lambda_): (episode_id, step, advantage),
--- A_t = delta_t + gamma * lambda * continue_t * A_{t+1} (Schulman et al. 2015, eq. 16). A step without a residual
--- is null and takes no part: the sum of the step before it ends there, bootstrapped from its value.
-CREATE MACRO gae_advantages(run, gamma, lambda_) AS TABLE
-    WITH residuals AS (FROM td_residuals(run, gamma)),
+-- advantages(method, lambda_ := 0.95, gamma := NULL): (run_id, episode_id, step, method, advantage, target, baseline)
+-- of every decision in the episodes that a run scored, with the run's V and Q. advantage is target - baseline. The
+-- names mean what they mean in ope/credit.py and algos/:
+--   reinforce             G_t, the reward to go (Williams 1992)
+--   reinforce_trajectory  G_0 at every step
+--   mc, or reinforce_v    G_t - V
+--   td, or td0            r + gamma * continue * V(s') - V(s)
+--   gae                   A_t = td_t + gamma * lambda_ * continue_t * A_{t+1} (Schulman et al. 2015, eq. 16)
+--   archer                Q - V, Q the least of the ensemble (Zhou et al. 2024)
+--   grpo, dr_grpo         R - mean, for grpo over the sample standard deviation; R is the sum of an episode's rewards,
+--                         its group the task's episodes that the run scored and whose R is known (losses/groups.py)
+-- The discount is the run's algo.gamma unless `gamma` is given; the run's data.truncated says whether a labelled step
+-- limit counts in G and R. What needs no critic is also there with a null run_id: for every episode of the store,
+-- undiscounted unless `gamma` is given. What cannot be known is null. A step without a td is null in gae and takes no
+-- part: the sum of the step before it ends there, bootstrapped from its value.
+CREATE MACRO advantages(method, lambda_ := 0.95, gamma := NULL) AS TABLE
+    WITH scored AS (
+        SELECT
+            s.run_id, s.episode_id,
+            coalesce(gamma::DOUBLE, (r.config ->> '$.algo.gamma')::DOUBLE) AS discount,
+            coalesce(r.config ->> '$.data.truncated', 'outcome') = 'outcome' AS limit_counts
+        FROM (SELECT DISTINCT run_id, episode_id FROM stored_values) AS s
+        LEFT JOIN runs AS r USING (run_id)
+        UNION ALL
+        SELECT NULL, episode_id, coalesce(gamma::DOUBLE, 1), true
+        FROM episodes
+        WHERE method IN ('reinforce', 'reinforce_trajectory', 'grpo', 'dr_grpo')
+    ),
+    decisions AS (
+        SELECT
+            s.run_id, s.episode_id, t.step, now.v, now.q,
+            CASE WHEN NOT t.truncated OR (t.outcome_known AND s.limit_counts) THEN t.reward END AS counted,
+            td_residual(t.reward, NOT t.terminated, now.v, later.v, s.discount) AS delta,
+            s.discount * (NOT t.terminated)::INT AS onward
+        FROM scored AS s
+        JOIN transitions AS t USING (episode_id)
+        LEFT JOIN stored_values AS now
+            ON now.run_id = s.run_id AND now.episode_id = s.episode_id AND now.step = t.step
+        LEFT JOIN stored_values AS later
+            ON later.run_id = s.run_id AND later.episode_id = s.episode_id AND later.step = t.step + 1
+    ),
     scanned AS (
         SELECT
-            episode_id,
-            list(t.step ORDER BY t.step DESC) AS steps,
-            list(r.td_residual ORDER BY t.step DESC) AS deltas,
+            run_id, episode_id,
+            list({'step': step, 'v': v, 'q': q, 'delta': delta} ORDER BY step DESC) AS rows,
             affine_scan(list(
-                [
-                    coalesce(r.td_residual, 0),
-                    CASE WHEN r.td_residual IS NULL OR t.terminated THEN 0 ELSE gamma::DOUBLE * lambda_::DOUBLE END
-                ]
-                ORDER BY t.step DESC
-            )) AS advantages
-        FROM transitions AS t
-        JOIN residuals AS r USING (episode_id, step)
-        GROUP BY episode_id
+                CASE
+                    WHEN method NOT IN ('td', 'td0', 'gae') THEN [counted, onward]
+                    WHEN method = 'gae' AND delta IS NOT NULL THEN [delta, lambda_::DOUBLE * onward]
+                    ELSE [coalesce(delta, 0), 0]
+                END
+                ORDER BY step DESC
+            )) AS sums
+        FROM decisions
+        GROUP BY run_id, episode_id
     ),
-    flat AS (
-        SELECT episode_id, unnest(steps) AS step, unnest(deltas) AS delta, unnest(advantages) AS advantage
-        FROM scanned
+    outcomes AS (
+        SELECT
+            d.run_id, d.episode_id, coalesce(e.task_id, e.goal, e.episode_id) AS task,
+            CASE WHEN count(d.counted) = count(*) THEN sum(d.counted) END AS outcome
+        FROM decisions AS d
+        JOIN episodes AS e USING (episode_id)
+        WHERE method IN ('grpo', 'dr_grpo')
+        GROUP BY ALL
+    ),
+    compared AS (
+        SELECT
+            run_id, episode_id, outcome,
+            avg(outcome) OVER one_task AS mean,
+            CASE method WHEN 'grpo' THEN stddev_samp(outcome) OVER one_task ELSE 1 END AS scale,
+            min(outcome) OVER one_task AS low,
+            max(outcome) OVER one_task AS high,
+            high - low <= 64 * 2.22e-16 * greatest(abs(high), abs(low)) AS flat  -- equal but for rounding
+        FROM outcomes
+        WINDOW one_task AS (PARTITION BY run_id, task)
+    ),
+    unrolled AS (
+        SELECT run_id, episode_id, unnest(rows, max_depth := 2), unnest(sums) AS x, sums[-1] AS first_x FROM scanned
+    ),
+    parts AS (
+        SELECT
+            r.run_id, r.episode_id, r.step, c.scale, c.flat,
+            CASE
+                WHEN method IN ('reinforce', 'mc', 'reinforce_v') THEN r.x
+                WHEN method = 'reinforce_trajectory' THEN r.first_x
+                WHEN method IN ('td', 'td0', 'gae') THEN CASE WHEN r.delta IS NOT NULL THEN r.v + r.x END
+                WHEN method = 'archer' THEN r.q
+                WHEN method IN ('grpo', 'dr_grpo') THEN c.outcome
+                ELSE error(
+                    'advantages: no method ' || method
+                    || ': there are reinforce, reinforce_trajectory, mc, td, gae, archer, grpo, dr_grpo'
+                )
+            END AS target,
+            CASE
+                WHEN method IN ('reinforce', 'reinforce_trajectory') THEN 0
+                WHEN method IN ('grpo', 'dr_grpo') THEN c.mean
+                ELSE r.v
+            END AS baseline
+        FROM unrolled AS r
+        LEFT JOIN compared AS c ON c.run_id IS NOT DISTINCT FROM r.run_id AND c.episode_id = r.episode_id
     )
-    SELECT episode_id, step, CASE WHEN delta IS NOT NULL THEN advantage END AS advantage FROM flat;
+    SELECT
+        run_id, episode_id, step, method AS method,
+        CASE
+            WHEN method NOT IN ('grpo', 'dr_grpo') THEN target - baseline
+            WHEN flat AND target IS NOT NULL THEN 0
+            ELSE (target - baseline) / scale
+        END AS advantage,
+        target, baseline
+    FROM parts;
+
+-- gae_advantages(run, gamma, lambda_): (episode_id, step, advantage) by gae of every decision with a value.
+CREATE MACRO gae_advantages(run, gamma, lambda_) AS TABLE
+    SELECT episode_id, step, advantage
+    FROM advantages('gae', lambda_ := lambda_, gamma := gamma)
+    WHERE run_id = run AND baseline IS NOT NULL;

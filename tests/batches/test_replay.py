@@ -276,6 +276,10 @@ def test_token_batches_are_whole_episodes_within_a_budget_of_packed_tokens(shop)
         assert len(ids) <= size[e]  # fewer where an episode repeats state and action
     budget = int(np.quantile(list(size.values()), 0.8)) * 2
     batches = token_batches(replay, tokens, budget, seed=0)
+    later = token_batches(replay, tokens, budget, seed=0, start=5)
+    drawn = [next(token_batches(replay, tokens, budget, seed=0, start=step)).tolist() for step in range(5)]
+    assert [next(batches).tolist() for _ in range(6)] == [*drawn, next(later).tolist()]
+    batches = token_batches(replay, tokens, budget, seed=0)
     seen, fill = [], []
     while len(seen) < 3 * len(size):
         rows = next(batches)

@@ -55,7 +55,7 @@ def test_shapes_that_disagree_are_told():
         cql_penalty(torch.zeros(1, 3), torch.zeros(3, dtype=torch.long), torch.zeros(2, 1))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=3 * settings().max_examples, deadline=None)
 @given(
     st.lists(st.lists(st.floats(-50, 50), max_size=5), min_size=1, max_size=6),
     st.integers(1, 3),
@@ -87,3 +87,23 @@ def test_a_weighted_mean():
     assert masked_mean(x, torch.zeros(3, dtype=torch.bool), weight).item() == 0.0
     with pytest.raises(ValueError, match="weights of shape"):
         masked_mean(x, mask, torch.ones(2))
+
+
+def test_the_maximum_carries_no_gradient_and_a_state_without_candidates_no_nan():
+    q, owner = torch.tensor([[1.0, 3.0]], requires_grad=True), torch.tensor([1, 1])
+    assert not candidate_max(q[0], owner, 2).requires_grad
+    with torch.autograd.set_detect_anomaly(True):  # a NaN on the way back is an error, though none arrives at q
+        candidate_logsumexp(q, owner, 2).sum().backward()
+    assert q.grad is not None
+    assert q.grad[0].tolist() == pytest.approx(torch.tensor([1.0, 3.0]).softmax(0).tolist())
+    with pytest.raises(ValueError, match="owners for candidates"):
+        candidate_logsumexp(q, owner[:1], 2)
+
+
+def test_the_penalty_of_masked_and_weighted_steps():
+    """Step 0 has two equal candidates: log 2; step 1 has the logged one alone: 0."""
+    q, owner, logged = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([0, 0, 1]), torch.tensor([[0.0, 1.0]])
+    assert cql_penalty(q, owner, logged).item() == pytest.approx(math.log(2) / 2)
+    assert cql_penalty(q, owner, logged, torch.tensor([True, False])).item() == pytest.approx(math.log(2))
+    weighted = cql_penalty(q, owner, logged, None, torch.tensor([3.0, 1.0]))
+    assert weighted.item() == pytest.approx(0.75 * math.log(2))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from offline_lm.losses.expectile import expectile_loss, iql_value_loss
+from offline_lm.losses.expectile import expectile_loss, expectile_weight, iql_value_loss
 from offline_lm.losses.td import ensemble_min
 
 NAN = float("nan")
@@ -66,3 +66,10 @@ def test_a_mask_that_holds_nowhere():
 def test_tau_out_of_range(tau):
     with pytest.raises(ValueError, match="an expectile lies between 0 and 1"):
         expectile_loss(torch.ones(1), tau)
+
+
+def test_weights_by_hand():
+    assert expectile_weight(torch.tensor([-1.0, 0.0, 1.0]), 0.75).tolist() == [0.25, 0.75, 0.75]
+    values, q = torch.tensor([0.0, 2.0]), torch.tensor([1.0, 0.0])
+    loss = iql_value_loss(values, q, 0.75, None, torch.tensor([3.0, 1.0]))
+    assert loss.item() == (3 * 0.75 * 1 + 0.25 * 4) / 4

@@ -1,4 +1,4 @@
-"""Group-relative advantages, by hand and against statistics of the standard library."""
+"""Group-relative advantages of episodes and steps, by hand and against statistics of the standard library."""
 
 import random
 import statistics
@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 
-from offline_lm.losses.groups import group_advantages
+from offline_lm.losses.groups import gigpo_advantages, group_advantages
 
 NAN = float("nan")
 
@@ -68,7 +68,89 @@ def test_integers_and_nothing_at_all():
 
 
 def test_mistakes():
-    with pytest.raises(ValueError, match="one group an episode"):
+    with pytest.raises(ValueError, match="one group a return"):
         group_advantages(f64(1, 2), torch.tensor([0]), divide_by_std=True)
     with pytest.raises(ValueError, match="numbered from 0"):
         group_advantages(f64(1, 2), torch.tensor([0, -1]), divide_by_std=True)
+
+
+def test_returns_that_differ_by_rounding_say_nothing():
+    """Two steps, each three turns before success, discounted in another order: a spread of one bit, and no other."""
+    for dtype in (torch.float32, torch.float64):
+        gamma = torch.tensor(0.9, dtype=dtype)
+        returns = torch.stack([gamma * gamma * gamma, gamma * (gamma * gamma) * (1 + torch.finfo(dtype).eps)])
+        assert returns[0] != returns[1]
+        advantages, flat = group_advantages(returns, torch.tensor([0, 0]), divide_by_std=True)
+        assert (advantages.tolist(), flat) == ([0, 0], 1)
+        mean = returns.mean()
+        assert ((returns - mean) / returns.std()).abs().max() > 0.5, "divided by its own rounding"
+    advantages, flat = group_advantages(f64(0.9**2, 0.9**3), torch.tensor([0, 0]), divide_by_std=True)
+    assert (advantages.tolist(), flat) == (pytest.approx([0.5**0.5, -(0.5**0.5)]), 0)
+
+
+def test_gigpo_by_hand():
+    """Task 0 has two runs over states 0, 1, 2 and 0, 3, 0; task 1 has one run over state 0, gamma is 1/2.
+
+    The three steps at state 0 of task 0 have returns 1/4, 0 and 0: mean 1/12. The outcomes are 1 and 0: mean 1/2.
+    """
+    outcomes, tasks = f64(1, 0, 1), torch.tensor([0, 0, 1])
+    returns = f64(0.25, 0.5, 1, 0, 0, 0, 1)
+    states = torch.tensor([0, 1, 2, 0, 3, 0, 0])
+    episode = torch.tensor([0, 0, 0, 1, 1, 1, 2])
+    got, flat_tasks, flat_states = gigpo_advantages(
+        outcomes, tasks, returns, states, episode, omega=2.0, divide_by_std=False
+    )
+    want = [0.5 + 2 / 6, 0.5, 0.5, -0.5 - 2 / 12, -0.5, -0.5 - 2 / 12, 0]
+    assert got.tolist() == pytest.approx(want, abs=1e-15)
+    assert (flat_tasks, flat_states) == (1, 4)  # task 1; states 1, 2, 3 and state 0 of task 1
+    scaled, _, _ = gigpo_advantages(outcomes, tasks, returns, states, episode, omega=1.0, divide_by_std=True)
+    step = statistics.stdev([0.25, 0, 0])
+    assert scaled[0].item() == pytest.approx(0.5 / statistics.stdev([1, 0]) + (0.25 - 1 / 12) / step)
+    assert scaled[6].item() == 0
+    alone, _, _ = gigpo_advantages(outcomes, tasks, returns, states, episode, omega=0.0, divide_by_std=False)
+    assert alone.tolist() == [0.5, 0.5, 0.5, -0.5, -0.5, -0.5, 0]
+
+
+def test_gigpo_never_compares_steps_across_tasks():
+    outcomes, tasks = f64(1, 0), torch.tensor([0, 1])
+    returns, states, episode = f64(1, 0), torch.tensor([5, 5]), torch.tensor([0, 1])
+    got, _, flat = gigpo_advantages(outcomes, tasks, returns, states, episode, omega=1.0, divide_by_std=True)
+    assert (got.tolist(), flat) == ([0, 0], 2)
+    bug, _ = group_advantages(returns, states, divide_by_std=True)
+    assert bug.tolist() != [0, 0]
+
+
+def test_gigpo_against_loops():
+    rng = random.Random(1)
+    tasks = [rng.randrange(3) for _ in range(20)]
+    outcomes = [rng.choice([0.0, 0.3, 1.0]) for _ in tasks]
+    steps = [(e, rng.randrange(4), rng.choice([0.0, 0.9, 0.81])) for e in range(20) for _ in range(rng.randrange(6))]
+
+    def relative(value, peers):
+        return 0.0 if len(set(peers)) < 2 else (value - statistics.fmean(peers)) / statistics.stdev(peers)
+
+    want = []
+    for e, state, value in steps:
+        runs = [r for r, task in zip(outcomes, tasks, strict=True) if task == tasks[e]]
+        peers = [g for i, s, g in steps if (tasks[i], s) == (tasks[e], state)]
+        want.append(relative(outcomes[e], runs) + 0.5 * relative(value, peers))
+    episode, states, returns = zip(*steps, strict=True)
+    got, _, _ = gigpo_advantages(
+        f64(*outcomes),
+        torch.tensor(tasks),
+        f64(*returns),
+        torch.tensor(states),
+        torch.tensor(episode),
+        omega=0.5,
+        divide_by_std=True,
+    )
+    assert got.tolist() == pytest.approx(want, abs=1e-12)
+
+
+def test_gigpo_mistakes():
+    one, zero = f64(1), torch.tensor([0])
+    with pytest.raises(ValueError, match="one state and one episode a step"):
+        gigpo_advantages(one, zero, f64(1, 2), zero, zero, omega=1.0, divide_by_std=True)
+    for states, episode in ((zero - 1, zero), (zero, zero - 1)):
+        with pytest.raises(ValueError, match="states and episodes are numbered from 0"):
+            gigpo_advantages(one, zero, one, states, episode, omega=1.0, divide_by_std=True)

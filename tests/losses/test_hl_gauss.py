@@ -132,3 +132,35 @@ def test_shapes_and_ranges_that_do_not_fit_are_refused(support):
         make_support(1.0, 1.0, 26)
     with pytest.raises(ValueError, match="give at least 8"):
         make_support(0.0, 1.0, 7)
+
+
+def test_a_margin_is_four_sigma_rounded_up_and_two_bins_between_are_enough():
+    support = make_support(1.0, 3.0, 8, sigma_to_width=0.6)  # 2.4 bins of margin: 3 on either side
+    assert support.edges.tolist() == [-2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    assert support.sigma == pytest.approx(0.6)
+
+
+def test_the_mass_adds_up_to_one_at_the_ends_too(support):
+    mass = hl_gauss_targets(torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64), support).sum(dim=1)
+    assert mass.tolist() == pytest.approx([1.0] * 3, abs=1e-12)
+
+
+def test_types_follow_the_values_and_members_are_read_one_by_one(support):
+    assert hl_gauss_targets(torch.tensor([0.5]), support).dtype == torch.float32
+    logits = torch.zeros(2, 3, 26)
+    logits[1, 2, 20] = 100.0
+    means = hl_gauss_mean(logits, support)
+    assert means.dtype == torch.float32
+    assert means[0].tolist() == pytest.approx([0.5] * 3)
+    assert means[1].tolist() == pytest.approx([0.5, 0.5, support.centers[20].item()])
+
+
+def test_weights_by_hand(support):
+    """Uniform logits cost log 26 whatever the target; certain and wrong ones cost 100."""
+    y, logits = torch.tensor([0.5, 0.0], dtype=torch.float64), torch.zeros(2, 26, dtype=torch.float64)
+    logits[1, 25] = 100.0
+    weight = torch.tensor([3.0, 1.0], dtype=torch.float64)
+    assert hl_gauss_loss(logits, y, support, None, weight).item() == pytest.approx((3 * math.log(26) + 100) / 4)
+    # V is 1/2 at the first step, up to rounding, and 1.125 at the second: q lies below it, which weighs 1 - tau
+    above = hl_gauss_expectile_loss(logits, y + torch.tensor([0.1, 0.0]), support, 0.75, None, weight)
+    assert above.item() == pytest.approx((3 * 0.75 * math.log(26) + 0.25 * 100) / 4)

@@ -120,6 +120,82 @@ def test_lambda_return_is_gae_plus_value_and_its_ends_are_td_and_monte_carlo(dat
     assert_close(monte_carlo, discounted_returns(rewards, continues, offsets, gamma=gamma, bootstrap=last))
 
 
+@settings(deadline=None)
+@given(ragged(), st.floats(0, 1))
+def test_the_ends_of_gae_are_closed_forms_and_episodes_keep_apart(data, gamma):
+    """lambda = 0: the TD residual. lambda = 1: the return, bootstrapped where the episode was cut, less V."""
+    offsets, rewards, continues, values, _, last = data
+    after = next_values(values, offsets, final_values=last)
+    given_all = (rewards, continues, values, after)
+    residual = rewards + gamma * continues * after - values
+    assert_close(gae(*given_all, offsets, gamma=gamma, lam=0.0), residual)
+    want = loop((gamma * continues).tolist(), rewards.tolist(), offsets.tolist(), last.tolist())
+    monte_carlo = torch.tensor(want, dtype=torch.float64)
+    assert_close(gae(*given_all, offsets, gamma=gamma, lam=1.0), monte_carlo - values)
+    # Each episode alone gives what it gives among the others.
+    together = gae(*given_all, offsets, gamma=gamma, lam=0.7)
+    for first, end in itertools.pairwise(offsets.tolist()):
+        r, c, v, following = (x[first:end] for x in given_all)
+        alone = gae(r, c, v, following, torch.tensor([0, end - first]), gamma=gamma, lam=0.7)
+        assert_close(alone, together[first:end])
+
+
+def test_gae_of_a_cut_episode_bootstraps_from_the_row_of_its_final_observation():
+    """gamma 1/2, lambda 1/2. Ended: deltas -1, 1. Cut, then a state worth 8: deltas 0, 2."""
+    values, offsets = torch.tensor([1.0, 0.0, 1.0, 2.0]), torch.tensor([0, 2, 4])
+    rewards, continues = torch.tensor([0.0, 1.0, 0.0, 0.0]), torch.tensor([1.0, 0.0, 1.0, 1.0])
+    after = next_values(values, offsets, final_values=torch.tensor([NAN, 8.0]))
+    advantage = gae(rewards, continues, values, after, offsets, gamma=0.5, lam=0.5)
+    assert advantage.tolist() == [-1 + 1 / 4, 1.0, 0 + 2 / 4, 2.0]
+    # Trap 3: the cut taken for an end.
+    ended = gae(rewards, torch.tensor([1.0, 0.0, 1.0, 0.0]), values, after, offsets, gamma=0.5, lam=0.5)
+    assert ended[2:].tolist() == [0 - 2 / 4, -2.0]
+
+
+def test_gae_before_a_cut_with_nothing_logged_after_it():
+    """The masked last step, given as r = V and continue = 0, hands nothing on to the steps before it."""
+    values, offsets = torch.tensor([1.0, 3.0, 2.0]), torch.tensor([0, 3])
+    rewards, continues = torch.zeros(3), torch.ones(3)
+    known = bootstrap_mask(continues, offsets)
+    assert known.tolist() == [True, True, False]
+    after = next_values(values, offsets)
+    rewards, continues = rewards.where(known, values), continues.where(known, 0.0)
+    advantage = gae(rewards, continues, values, after, offsets, gamma=0.5, lam=0.5)
+    assert advantage.tolist() == [0.5 - 2 / 4, -2.0, 0.0]
+    assert gae(torch.zeros(3), torch.ones(3), values, after, offsets, gamma=0.5, lam=0.5)[1].item() == -2.5
+
+
+def test_trap_13_the_discount_counts_turns_and_a_turn_needs_no_reward():
+    """Three turns of 2, 1 and 3 tokens with 5 tokens of observation before each; the reward comes last."""
+    rewards, continues = [0.0, 0.0, 1.0], [1.0, 1.0, 0.0]
+    values, gamma, lam = [0.5, 0.25, 0.5], 0.5, 0.5
+    # deltas: -3/8, 0, 1/2
+    want = torch.tensor([-3 / 8 + (0 + 1 / 8) / 4, 1 / 8, 1 / 2])
+
+    def turns(rewards, continues, values):
+        values, offsets = torch.tensor(values), torch.tensor([0, len(values)])
+        given_all = (torch.tensor(rewards), torch.tensor(continues), values, next_values(values, offsets))
+        return gae(*given_all, offsets, gamma=gamma, lam=lam)
+
+    assert turns(rewards, continues, values).tolist() == want.tolist()
+    lengths = [2, 1, 3]
+    owner = torch.arange(3).repeat_interleave(torch.tensor(lengths))
+    assert want[owner].shape == (6,), "every token of a turn has the turn's advantage"
+
+    # The bug: every token, of observations too, is a step.
+    tokens = [5 + length for length in lengths]
+    ends = torch.tensor(tokens).cumsum(0) - 1
+    reward_of, continue_of = torch.zeros(sum(tokens)), torch.ones(sum(tokens))
+    reward_of[ends], continue_of[ends] = torch.tensor(rewards), torch.tensor(continues)
+    value_of = torch.tensor(values).repeat_interleave(torch.tensor(tokens))
+    decayed = turns(reward_of.tolist(), continue_of.tolist(), value_of.tolist())
+    assert not torch.allclose(decayed[ends], want)
+    # The bug: a turn is where a reward is.
+    rewarded = [i for i, r in enumerate(rewards) if r]
+    found = turns([1.0], [0.0], [values[i] for i in rewarded])
+    assert found.shape != want.shape
+
+
 def test_trap_1_the_last_step_is_never_chained_to_itself():
     values = torch.tensor([1.0, 2.0, 3.0, 10.0, 20.0])
     offsets = torch.tensor([0, 3, 5])
@@ -288,3 +364,28 @@ def test_n_step_returns_agree_with_a_loop(data, gamma, steps):
             want.append(total + share * following[last].item())
     got = n_step_returns(rewards, continues, following, offsets, gamma=gamma, steps=steps)
     assert got.tolist() == pytest.approx(want)
+
+
+@pytest.mark.filterwarnings("error")
+def test_corners_of_the_scan():
+    one, two = torch.tensor([0, 1]), torch.tensor([0, 2])
+    assert reverse_scan(torch.tensor([0.5]), torch.tensor([1.0]), one, torch.tensor([4.0])).tolist() == [3.0]
+    mixed = reverse_scan(torch.tensor([0.5] * 2), torch.ones(2), two, torch.tensor([4.0], dtype=torch.float64))
+    assert (mixed.dtype, mixed.tolist()) == (torch.float32, [2.5, 3.0])
+    nothing = torch.zeros(0, dtype=torch.int64)
+    assert reverse_scan(nothing, nothing, torch.tensor([0])).dtype == torch.float32
+    # An unknown factor, too, stays in its own episode.
+    got = reverse_scan(torch.tensor([0.5, 0.5, 0.5, NAN, 0.5, 0.5]), torch.ones(6), torch.tensor([0, 3, 6]))
+    assert_close(got, torch.tensor([1.75, 1.5, 1.0, NAN, 1.5, 1.0]), equal_nan=True)
+
+
+def test_final_values_of_another_type():
+    final = torch.tensor([7.0], dtype=torch.float64)
+    after = next_values(torch.tensor([1.0, 2.0]), torch.tensor([0, 2]), final_values=final)
+    assert (after.dtype, after.tolist()) == (torch.float32, [2.0, 7.0])
+
+
+def test_n_step_returns_of_episodes_of_one_step():
+    rewards, following = torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0])
+    got = n_step_returns(rewards, torch.ones(2), following, torch.tensor([0, 1, 2]), gamma=0.5, steps=2)
+    assert got.tolist() == [6.0, 12.0]

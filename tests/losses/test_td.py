@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from offline_lm.losses.masks import masked_mean
+from offline_lm.losses.masks import masked_difference, masked_mean
 from offline_lm.losses.td import ensemble_min, mc_loss, squared_loss, td_error, td_target
 
 NAN = float("nan")
@@ -115,3 +115,21 @@ def test_trap_9_the_minimum_over_twins():
     assert q.mean(dim=0).tolist() != want
     with pytest.raises(ValueError, match=r"\[k, n\]"):
         ensemble_min(q[0])
+
+
+def test_weights_by_hand():
+    prediction, target = torch.tensor([1.0, 2.0, 9.0]), torch.tensor([3.0, 1.0, 0.0])
+    mask = torch.tensor([True, True, False])
+    weight = torch.tensor([0.5, 0.25, NAN], requires_grad=True)
+    prediction.requires_grad_()
+    loss = squared_loss(prediction, target, mask, weight)  # (.5 * 4 + .25 * 1) / .75
+    assert loss.item() == 3.0
+    loss.backward()
+    assert weight.grad is None, "a weight is no parameter"
+    assert prediction.grad is not None
+    assert prediction.grad.tolist() == pytest.approx([-4 * 0.5 / 0.75, 2 * 0.25 / 0.75, 0.0])
+
+
+def test_a_masked_difference_is_zero():
+    target, prediction = torch.tensor([NAN, 3.0]), torch.tensor([[1.0, 1.0], [2.0, 5.0]])
+    assert masked_difference(target, prediction, torch.tensor([False, True])).tolist() == [[0.0, 2.0], [0.0, -2.0]]

@@ -138,3 +138,28 @@ def test_what_target_and_online_module_share_does_not_move():
     polyak(nn.ModuleList([shared, target]), nn.ModuleList([shared, online]), 0.5)
     assert torch.equal(shared.weight, before)
     torch.testing.assert_close(target.weight, online.weight - 0.5)
+
+
+@pytest.mark.parametrize("floor", [1e-4, 0.1, 10.0])
+def test_whitening_evens_out_scales_down_to_its_floor(floor):
+    x = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([3, 3, 1, 1, 0.3, 0.1, 0.1, 0.1])
+    heads = Heads(8, whitening=floor)
+    heads.whiten(x, x)
+    seen = heads.q.norm(x)
+    white = (seen - heads.q.mean) @ heads.q.whitening
+    before, after = (torch.linalg.eigvalsh(y.T.cov(correction=0)).clamp(min=0) for y in (seen, white))
+    torch.testing.assert_close(after, before / (before + floor * before.mean()), atol=1e-4, rtol=1e-3)
+    assert white.mean(dim=0).abs().max() < 1e-5
+
+
+def test_whitening_is_kept_with_the_heads_and_heads_without_it_hold_nothing():
+    x = torch.randn(64, 8)
+    heads = Heads(8, whitening=0.1)
+    heads.whiten(x, x**3)
+    again = Heads(8, **heads.options)
+    again.load_state_dict(heads.state_dict())
+    torch.testing.assert_close(again.q_values(x), heads.q_values(x))
+    assert not torch.allclose(heads.q.mean, heads.v.mean)
+    plain = Heads(8)
+    plain.whiten(x, x)
+    assert {name for name, _ in plain.named_buffers()} == set()

@@ -11,12 +11,13 @@ from offline_lm.ope import alarms
 from offline_lm.ope.alarms import comparisons, of_critic, of_logs
 from offline_lm.ope.clustered import Measured
 from offline_lm.ope.leaks import Told
+from offline_lm.types import Estimand
 
 BENCHMARKS = Path(__file__).parents[2] / "analysis" / "benchmarks"
 
 
-def names(judged=None, compared=None, *, behaviour=True):
-    return [alarm.name for alarm in of_critic("c", judged or {}, compared or {}, behaviour=behaviour)]
+def names(judged=None, compared=None, *, estimand: Estimand = "behaviour"):
+    return [alarm.name for alarm in of_critic("c", judged or {}, compared or {}, estimand=estimand)]
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ def names(judged=None, compared=None, *, behaviour=True):
 def test_a_number_beyond_its_threshold(number, fine, wrong, alarm):
     assert names({number: fine}) == []
     assert names({number: math.nan}) == []
-    (raised,) = of_critic("c", {number: wrong}, {}, behaviour=False)
+    (raised,) = of_critic("c", {number: wrong}, {}, estimand="optimum")
     assert (raised.name, raised.value) == (alarm, wrong)
 
 
@@ -56,7 +57,7 @@ def test_a_number_beyond_its_threshold(number, fine, wrong, alarm):
 def test_a_whole_interval_beyond_its_threshold(number, unsure, wrong, alarm):
     assert names(compared={number: Measured(*unsure)}) == []
     assert names(compared={number: Measured(wrong[0])}) == []  # a value without an interval says nothing
-    assert names(compared={number: Measured(*wrong)}, behaviour=False) == [alarm]
+    assert names(compared={number: Measured(*wrong)}, estimand="optimum") == [alarm]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_a_whole_interval_beyond_its_threshold(number, unsure, wrong, alarm):
 def test_the_level_of_values_is_that_of_the_behaviour_for_some(number, unsure, wrong, alarm):
     assert names(compared={number: Measured(*unsure)}) == []
     assert names(compared={number: Measured(*wrong)}) == [alarm]
-    assert names(compared={number: Measured(*wrong)}, behaviour=False) == []  # an expectile is above it on purpose
+    assert names(compared={number: Measured(*wrong)}, estimand="optimum") == []  # an expectile is above it on purpose
 
 
 def test_the_true_optimum_of_random_logs_raises_nothing():
@@ -86,9 +87,9 @@ def test_the_true_optimum_of_random_logs_raises_nothing():
     slope = cov[0, 1] / cov[0, 0]
     assert 0 < slope < 0.1
     found = {"v_slope": Measured(slope, 0.5 * slope, 1.5 * slope)}
-    assert names(compared=found, behaviour=False) == []
-    assert names(compared=found, behaviour=True) == ["worse_than_constant"]
-    (upside_down,) = of_critic("c", {}, {"v_slope": Measured(-0.3, -0.5, -0.1)}, behaviour=False)
+    assert names(compared=found, estimand="optimum") == []
+    assert names(compared=found, estimand="returns") == ["worse_than_constant"]
+    (upside_down,) = of_critic("c", {}, {"v_slope": Measured(-0.3, -0.5, -0.1)}, estimand="optimum")
     assert (upside_down.name, upside_down.threshold) == ("worse_than_constant", 0.0)
 
 

@@ -1,6 +1,7 @@
 """Exact truth: what perfect and reversed critics score, and that the sample in datasets/ is what its recipe says."""
 
 import gzip
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -101,6 +102,13 @@ def test_a_critic_that_cannot_tell_actions_apart_orders_none(tasks):
     scores = exact(Oracle(tasks, constant=0.5), tasks, gamma=GAMMA, estimand="expectile", tau=TAU)
     assert scores["kendall"] == 0.0
     assert 0 < scores["hit"] < 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_constant_v_has_no_rank_correlation(tasks):
+    scores = exact(Oracle(tasks, sign=0.0), tasks, gamma=GAMMA, estimand="optimum")
+    assert math.isnan(scores["spearman_v"])
+    assert math.isnan(scores["spearman_v_pooled"])
 
 
 @pytest.fixture(scope="module")
