@@ -19,7 +19,7 @@ from omegaconf import DictConfig, ListConfig
 
 from offline_lm import cli
 from offline_lm.envs import shop
-from offline_lm.envs.exact import End, TextMDP
+from offline_lm.envs.exact import TextMDP
 from offline_lm.errors import UserError
 from offline_lm.losses.groups import group_advantages
 from offline_lm.ope import credit
@@ -88,7 +88,7 @@ def _measure(settings: DictConfig, horizon: int, seed: int) -> list[dict[str, An
     words = shop.Site.draw(seed)
     mdps = [shop.Task(words, i, max(horizon, shop.HORIZON)).mdp for i in range(settings.tasks)]
     if horizon == 1:
-        mdps = [single_turn(mdp) for mdp in mdps]
+        mdps = [shop.single_turn(mdp) for mdp in mdps]
     tasks = credit.Tasks.stack(mdps, [behaviour(mdp, [seed, i]) for i, mdp in enumerate(mdps)])
     logs = credit.sample(tasks, settings.episodes, settings.resamples, seed)
     truth = credit.true_advantages(logs, tasks, gamma=settings.gamma)
@@ -121,18 +121,6 @@ def behaviour(task: TextMDP, seed: list[int]) -> Array:
     flow = np.sum([share * task.visitation(p)[:, None] * p for share, p in zip(shares, policies, strict=True)], axis=0)
     flow += 1e-12 * task.valid  # where no policy comes, any action
     return flow / flow.sum(axis=1, keepdims=True)
-
-
-def single_turn(task: TextMDP) -> TextMDP:
-    """All that the task can end in as actions of one page, the step limit 1."""
-    ends: dict[str, End] = {}
-    for s, a in np.argwhere(task.next == -1):
-        path = " ".join([*task.paths[s], task.actions[s][a]])
-        ends[path] = End(float(task.reward[s, a]), float(task.mistaken[s, a]))
-    return TextMDP.explore(
-        ("page",), lambda _: ("One click.", list(ends.items())), benchmark=f"{task.benchmark}_single", seed=task.seed,
-        number=task.number, goal=task.goal, limit=1,
-    )  # fmt: skip
 
 
 def _stored(name: str, row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""``python -m offline_lm.evaluate``: critics judged. Each suite stands in a file of its own, `_evaluate_*`."""
+"""``python -m offline_lm.evaluate``: critics and actors judged. Each suite has a file of its own, `_evaluate_*`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from offline_lm import (
+    _evaluate_actors,
     _evaluate_credit,
     _evaluate_mdp,
     _evaluate_policies,
@@ -25,6 +26,7 @@ SUITES: dict[str, Callable[[DictConfig], dict[str, Any]]] = {
     "probe": _evaluate_probe.run,
     "credit": _evaluate_credit.run,
     "policies": _evaluate_policies.run,
+    "actors": _evaluate_actors.run,
 }
 
 

@@ -1,14 +1,16 @@
-"""Policies to act with: a trained actor, read back from its run.
+"""Policies to act with: a trained actor, or a critic that chooses among candidates, behind one `act`.
 
 >>> policy = Policy.from_pretrained("STORE/runs/RUN_ID")
 >>> policy.act({"goal": "Buy a red mug", "observation": "..."}, candidates=["click[4]", "back"])
+>>> best_of_8 = Reranker(Critic.from_pretrained("STORE/runs/CRITIC"), policy)
+>>> best_of_8.act({"goal": "Buy a red mug", "observation": "..."}, n=8)
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from offline_lm.batches.tokens import tokenize
+from offline_lm.batches.tokens import Tokens, tokenize
 from offline_lm.errors import UserError
 from offline_lm.models import acting, backbone, token_heads
 from offline_lm.models.acting import Chosen
-from offline_lm.models.critic import find_run_folder, state_row
+from offline_lm.models.critic import Critic, find_run_folder, state_row
 from offline_lm.models.devices import row_tokens
 from offline_lm.models.token_heads import TokenHeads
 
@@ -30,12 +32,21 @@ FILE = "policy.json"
 
 @dataclass(frozen=True)
 class Choice:
-    """What a policy does: the action, its log-probability, and the log-probabilities of all that it chose from."""
+    """What a policy does.
+
+    Attributes:
+        action: the response chosen, a text.
+        logprob: its log-probability among `actions`; of a single sample, under the model.
+        actions: all that it chose from.
+        logprobs: of each of them.
+        values: Q of each, where a critic was asked.
+    """
 
     action: str
     logprob: float
     actions: list[str]
     logprobs: list[float]
+    values: list[float] | None = None
 
 
 class Policy:
@@ -72,18 +83,11 @@ class Policy:
         Raises:
             UserError: a state without candidates, or too long to read.
         """
-        shown = self.config["history"] if self.config["context"] == "actions" else None
-        rows = [state_row(state, number, shown) for number, state in enumerate(states)]
-        for number, row in enumerate(rows):
-            if not row["candidates"]:
+        asked = list(states)
+        for number, state in enumerate(asked):
+            if not state.get("candidates"):
                 raise UserError(f"input record {number}: it needs `candidates` to choose from")
-        settings = {key: self.config[key] for key in ("max_tokens", "history", "context")}
-        tokens = tokenize([{**row, "episode_id": str(n)} for n, row in enumerate(rows)], self.tokenizer, **settings)
-        if not tokens.usable.all():
-            number = int(np.flatnonzero(~tokens.usable)[0])
-            raise UserError(
-                f"input record {number}: goal and last past action exceed {self.config['max_tokens']} tokens"
-            )
+        tokens = self._tokens(asked)
         # states that begin alike stand together, so that what they share is encoded once
         order = np.array(sorted(range(len(tokens)), key=lambda n: tokens.prompt(n).tobytes()), np.int64)
         responses = [list(range(int(tokens.branch_ptr[n]), int(tokens.branch_ptr[n + 1]))) for n in order]
@@ -100,18 +104,129 @@ class Policy:
                 out[part.branches] = np.add.reduceat(found.double().cpu().numpy(), first)
         return [out[tokens.candidate_branch[a:b]] for a, b in pairwise(tokens.candidate_ptr.tolist())]
 
-    def act(
-        self, state: dict[str, Any], candidates: Sequence[str] | None = None, *, temperature: float = 1.0, seed: int = 0
-    ) -> Choice:
-        """One action of `candidates` (or of the state's own), drawn from pi among them; the likeliest at temperature 0."""
-        asked = state if candidates is None else {**state, "candidates": list(candidates)}
-        (logprobs,) = self.logprobs([asked])
-        actions = [c if isinstance(c, str) else c["action"] for c in asked["candidates"]]
-        among = (
-            log_softmax(logprobs / temperature) if temperature else np.where(logprobs == logprobs.max(), 0.0, -np.inf)
+    def _tokens(self, states: list[dict[str, Any]]) -> Tokens:
+        shown = self.config["history"] if self.config["context"] == "actions" else None
+        rows = [{**state_row(state, n, shown), "episode_id": str(n)} for n, state in enumerate(states)]
+        tokens = tokenize(
+            rows, self.tokenizer, **{key: self.config[key] for key in ("max_tokens", "history", "context")}
         )
-        chosen = int(np.random.default_rng(seed).choice(len(actions), p=np.exp(among) / np.exp(among).sum()))
-        return Choice(actions[chosen], float(among[chosen]), actions, among.tolist())
+        if not tokens.usable.all():
+            number, limit = int(np.flatnonzero(~tokens.usable)[0]), self.config["max_tokens"]
+            raise UserError(f"input record {number}: goal and last past action exceed the policy's max_tokens={limit}")
+        return tokens
+
+    def sample(
+        self, state: dict[str, Any], n: int, *, temperature: float = 1.0, max_tokens: int = 256, seed: int = 0
+    ) -> list[tuple[str, float]]:
+        """`n` responses drawn from pi, and their log-probabilities at this temperature, end-of-turn token included.
+
+        A response that does not end within `max_tokens` is cut there.
+
+        Raises:
+            UserError: a state too long to read.
+        """
+        drawn = self.sample_ids(state, n, temperature=temperature, max_tokens=max_tokens, seed=seed)
+        end = self.tokenizer.eos_token_id
+        return [(self.tokenizer.decode(ids[:-1] if ids[-1] == end else ids), logprob) for ids, logprob in drawn]
+
+    def sample_ids(
+        self, state: dict[str, Any], n: int, *, temperature: float = 1.0, max_tokens: int = 256, seed: int = 0
+    ) -> list[tuple[list[int], float]]:
+        """As `sample`, the token ids of the responses: what is exact, since a text may have others."""
+        prompt = self._tokens([state]).prompt(0).astype(np.int64)
+        ids = torch.from_numpy(prompt)[None].to(next(self.model.parameters()).device)
+        packed = self.model.config._attn_implementation
+        self.model.set_attn_implementation("sdpa")  # a cache of keys is filled as no packed row is
+        try:
+            with torch.random.fork_rng(), torch.no_grad():
+                torch.manual_seed(seed)
+                out = self.model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=temperature,
+                    top_k=0, top_p=1.0, num_return_sequences=n, max_new_tokens=max_tokens, output_scores=True,
+                    return_dict_in_generate=True, eos_token_id=self.tokenizer.eos_token_id,
+                    pad_token_id=self.tokenizer.eos_token_id,
+                )  # fmt: skip
+        finally:
+            self.model.set_attn_implementation(packed)
+        said = out.sequences[:, ids.shape[1] :]
+        scores = torch.stack(out.scores, dim=1).double().log_softmax(-1).gather(-1, said[..., None])[..., 0]
+        ends = (said == self.tokenizer.eos_token_id).long()
+        within = ends.cumsum(-1) - ends == 0  # up to the first end, itself included
+        logprobs = scores.where(within, 0.0).sum(-1).tolist()
+        return [(row[own].tolist(), p) for row, own, p in zip(said, within, logprobs, strict=True)]
+
+    def act(
+        self,
+        state: dict[str, Any],
+        candidates: Sequence[str] | None = None,
+        *,
+        n: int = 1,
+        temperature: float = 1.0,
+        seed: int = 0,
+    ) -> Choice:
+        """One action of `candidates` (or the state's own), drawn from pi among them; else the likeliest of `n` samples.
+
+        Temperature 0 takes the likeliest candidate.
+        """
+        asked = candidates if candidates is not None else state.get("candidates")
+        if not asked:
+            drawn = self.sample(state, n, temperature=temperature, seed=seed)
+            actions, logprobs = map(list, zip(*drawn, strict=True))
+            best = int(np.argmax(logprobs))
+            return Choice(actions[best], logprobs[best], actions, logprobs)
+        (logprobs,) = self.logprobs([{**state, "candidates": list(asked)}])
+        return _chosen([_text(c) for c in asked], logprobs, temperature, seed)
+
+
+class Reranker:
+    """A policy that takes what a critic thinks best, of candidates or of what another policy proposes.
+
+    With `proposer`, best of n (Q reranking of a frozen policy: Best-of-Q, 2601.22701); the values decide alone.
+    """
+
+    def __init__(self, critic: Critic, proposer: Policy | None = None) -> None:
+        if not critic.config["has_q"]:
+            raise UserError("a critic without Q cannot choose: train one such as algo=iql_lm")
+        self.critic, self.proposer = critic, proposer
+
+    def act(
+        self,
+        state: dict[str, Any],
+        candidates: Sequence[str] | None = None,
+        *,
+        n: int = 8,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Choice:
+        """One action, drawn from softmax(Q / temperature), or the argmax at 0.
+
+        Chosen from are `candidates` (or the state's own), else the different ones of `n` samples of the proposer.
+
+        Raises:
+            UserError: neither candidates nor a proposer.
+        """
+        asked = list(candidates if candidates is not None else state.get("candidates") or ())
+        if not asked:
+            if self.proposer is None:
+                raise UserError("no candidates to choose from, and no policy to propose them: give `candidates`")
+            asked = list(dict.fromkeys(text for text, _ in self.proposer.sample(state, n, seed=seed)))
+        (score,) = self.critic.score([{**state, "candidates": asked}])
+        q = np.array(score.q)
+        return replace(_chosen([_text(c) for c in asked], q, temperature, seed), values=q.tolist())
+
+
+def _chosen(actions: list[str], scores: Array, temperature: float, seed: int) -> Choice:
+    """Drawn from softmax(scores / temperature); at 0 the first of the best."""
+    if temperature:
+        among = log_softmax(scores / temperature)
+    else:
+        among = np.where(np.arange(len(scores)) == np.argmax(scores), 0.0, -np.inf)
+    chosen = int(np.random.default_rng(seed).choice(len(actions), p=np.exp(among)))
+    return Choice(actions[chosen], float(among[chosen]), actions, among.tolist())
+
+
+def _text(candidate: Any) -> str:
+    return candidate if isinstance(candidate, str) else candidate["action"]
 
 
 def log_softmax(x: Array) -> Array:

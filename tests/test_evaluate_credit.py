@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from offline_lm import evaluate, query
-from offline_lm._evaluate_credit import behaviour, single_turn
-from offline_lm.envs.shop import Site, Task
+from offline_lm._evaluate_credit import behaviour
+from offline_lm.envs.shop import Site, Task, single_turn
 from offline_lm.store import Store
 
 FEW = (

@@ -267,6 +267,15 @@ class TextMDP:
             at = self._move(flow)
         return total
 
+    def success_rate(self, policy: Array, limit: int | None = None) -> float:
+        """Chance that an episode ends in a reward of `success`, or more, within the step limit, exactly."""
+        if self.success is None:
+            raise ValueError(f"{self.task_id}: nothing counts as success")
+        o, won = self.outcomes, np.zeros(self.next.shape)
+        ends = (o.next == -1) & (o.reward >= self.success)
+        np.add.at(won, (o.state[ends], o.action[ends]), o.chance[ends])
+        return replace(self, reward=won).play(policy, limit)
+
     def visitation(self, policy: Array, limit: int | None = None) -> Array:
         """Expected visits of each state [S] in one episode within the step limit."""
         at = self.start

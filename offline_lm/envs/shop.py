@@ -217,6 +217,18 @@ class Task:
         return "\n".join(lines), moves
 
 
+def single_turn(task: TextMDP) -> TextMDP:
+    """All that the task can end in as actions of one page, the step limit 1."""
+    ends: dict[str, End] = {}
+    for s, a in np.argwhere(task.next == -1):
+        path = " ".join([*task.paths[s], task.actions[s][a]])
+        ends[path] = End(float(task.reward[s, a]), float(task.mistaken[s, a]))
+    return TextMDP.explore(
+        ("page",), lambda _: ("One click.", list(ends.items())), benchmark=f"{task.benchmark}_single", seed=task.seed,
+        number=task.number, goal=task.goal, limit=1,
+    )  # fmt: skip
+
+
 def record(tasks: Iterable[Task], episodes: int, seed: int = 0) -> Iterator[dict[str, Any]]:
     """Episodes of `tasks` in the `jsonl` format (`exact.record`)."""
     return exact.record((task.mdp for task in tasks), episodes, seed)
