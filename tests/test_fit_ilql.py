@@ -59,8 +59,9 @@ def test_it_learns_writes_values_and_acts(store, capsys):
     assert db.execute("SELECT count(*) FROM candidate_values WHERE run_id = ?", [run_id]).fetchone() != (0,)
 
     goal, page, likelihood = db.execute(
-        "SELECT s.goal, s.observation, d.value FROM steps AS s, diagnostics AS d WHERE s.step = 0 AND d.run_id = ?"
-        " AND d.name = 'logprob_all' AND d.split = 'held_out' ORDER BY s.episode_id LIMIT 1",
+        "SELECT s.goal, s.observation, d.value FROM run_values AS s JOIN diagnostics AS d USING (run_id)"
+        " WHERE s.step = 0 AND run_id = ? AND d.name = 'logprob_all' AND d.split = 'held_out'"
+        " ORDER BY s.episode_id LIMIT 1",
         [run_id],
     ).fetchone() or ("", "", 0.0)
     assert likelihood < 0

@@ -52,7 +52,7 @@ class TokenHeads(nn.Module):
     ) -> None:
         super().__init__()
         self.options = dict(ensemble=ensemble, hidden=hidden, start=start, unit=unit)
-        self.start, self.unit = start, unit
+        self.ensemble, self.start, self.unit = ensemble, start, unit
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         sizes = [1, *[vocabulary] * ensemble]
         self.inner = nn.ModuleList(nn.Linear(width, hidden) for _ in sizes)
@@ -75,7 +75,8 @@ class TokenHeads(nn.Module):
     def q_of(self, hidden: Float[Tensor, "n d"], taken: Int[Tensor, " n"]) -> Float[Tensor, "k n"]:
         """Q of one token at each position: no product of the vocabulary's size."""
         found = zip(self.outer[1:], self._inner(hidden, slice(1, None)), strict=True)
-        return self._scaled(torch.stack([(x * layer.weight[taken]).sum(-1) + layer.bias[taken] for layer, x in found]))
+        of_taken = [(x * layer.weight[taken]).sum(-1) + layer.bias[taken] for layer, x in found]  # pyright: ignore
+        return self._scaled(torch.stack(of_taken))
 
     def _inner(self, hidden: Tensor, which: slice) -> Iterator[Tensor]:
         x = self.norm(hidden.float())
@@ -147,7 +148,7 @@ def estimates(
     for a in np.flatnonzero(responses == np.arange(len(responses))).tolist():
         own[int(owner[a])].append(a)
     v = np.zeros(len(states))
-    q = np.zeros((heads.options["ensemble"], len(responses)))
+    q = np.zeros((heads.ensemble, len(responses)))
     for part in Chosen(np.array(distinct, np.int64), [own[n] for n in distinct]).rows(tokens, budget):
         found = read(model, tokens, part, logits=False, autocast=autocast)
         last = torch.from_numpy(np.cumsum(acting.lengths(tokens, part.branches)) - 1).to(found.taken.device)
