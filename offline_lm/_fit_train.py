@@ -23,6 +23,7 @@ from offline_lm.errors import UserError
 from offline_lm.models.batching import Outcomes
 from offline_lm.models.features import Features
 from offline_lm.models.heads import Heads, polyak, target_of
+from offline_lm.models.whitening import best_floor
 from offline_lm.ope.diagnostics import Estimates, position_only
 from offline_lm.run import Run
 from offline_lm.types import Batch
@@ -152,10 +153,32 @@ def train(
     return step, True
 
 
-def head_options(setting: Setting) -> dict[str, Any]:
-    """`model.heads`; without whitening where features change as the backbone trains, or d3rlpy's networks read them."""
-    fixed = setting.cfg.model.train == "heads" and not isinstance(setting.algo, D3rlpy)
-    return {**setting.cfg.model.heads} | ({} if fixed else {"whitening": None})
+def head_options(setting: Setting, floor: float | None) -> dict[str, Any]:
+    """`model.heads`, with `floor` for whitening=auto.
+
+    Nothing is whitened where features change as the backbone trains, or d3rlpy's networks read them.
+    """
+    options = dict(setting.cfg.model.heads)
+    if setting.cfg.model.train != "heads" or isinstance(setting.algo, D3rlpy):
+        return options | {"whitening": None}
+    return options | ({"whitening": floor} if options["whitening"] == "auto" else {})
+
+
+def whitening_floor(feats: Features, replay: Replay, tokens: Tokens, most: int = 16_384) -> float:
+    """For whitening=auto, by returns of the training side: of other tasks, or episodes where tasks are few."""
+    known = replay.acted & tokens.acted & tokens.usable & ~replay.held_out_rows & ~np.isnan(replay.returns)
+    rows = np.flatnonzero(known)
+    rows = rows[:: -(-len(rows) // most)]
+    of_task = np.unique(replay.tasks, return_inverse=True)[1]
+    few = len(np.unique(of_task[~replay.held_out])) < 10
+    group = replay.episode_of[rows] if few else of_task[replay.episode_of[rows]]
+    x, y, group = (
+        torch.from_numpy(np.array(a)) for a in (feats.q[tokens.branch_ptr[rows]], replay.returns[rows], group)
+    )
+    floor, found = best_floor(x, y, group)
+    told = ", ".join(f"{100 * r2:.1f} % with {f}" for f, r2 in found.items())
+    print(f"features are whitened down to {floor}: of other {'episodes' if few else 'tasks'}' returns explains {told}")
+    return floor
 
 
 def examples(feats: Features, replay: Replay, tokens: Tokens, most: int = 16_384) -> tuple[Tensor, Tensor]:

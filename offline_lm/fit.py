@@ -22,7 +22,16 @@ from offline_lm._fit_memory import Peaks
 from offline_lm._fit_prepare import compute_features, described, keep_backbone, kept_outside, prepare
 from offline_lm._fit_report import ranks, say_alarms, say_compared, say_next, say_selected, sites, target_gaps
 from offline_lm._fit_sweep import Setting, settings_of
-from offline_lm._fit_train import Learner, estimate, examples, head_options, return_range, train, without_features
+from offline_lm._fit_train import (
+    Learner,
+    estimate,
+    examples,
+    head_options,
+    return_range,
+    train,
+    whitening_floor,
+    without_features,
+)
 from offline_lm.algos.actor import Actor
 from offline_lm.algos.d3rlpy import D3rlpy
 from offline_lm.algos.ilql import ILQL
@@ -71,7 +80,7 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
                 gamma = setting.algo.gamma
                 low, high = ranges[gamma]
                 torch.manual_seed(cfg.seed if setting.cfg.heads_seed is None else setting.cfg.heads_seed)
-                heads = Heads(width, **head_options(setting), low=low, high=high).to(device)
+                heads = Heads(width, **head_options(setting, floor), low=low, high=high).to(device)
                 if cfg.model.train == "heads":
                     heads.whiten(*(x.to(device) for x in examples(feats, replay, tokens)))
                 own = None if replay_of[gamma] is replay else Outcomes(replay_of[gamma], tokens, device)
@@ -90,6 +99,7 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
                     for gamma, run in first.items()
                 }
 
+            floor: float | None = None
             candidates = any(setting.algo.needs_candidates for setting in settings)
             if cfg.model.train == "heads":
                 with peaks.stage("features"):
@@ -98,6 +108,8 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
                         keep_backbone(cfg, model, tokenizer, run.folder)
                 del model  # heads train within the memory of features and heads
                 with peaks.stage("heads"):
+                    if any(s.cfg.model.heads.whitening == "auto" for s in settings):
+                        floor = whitening_floor(feats, replay, tokens)
                     baselines = compared()
                     learners = [learner(setting, run) for setting, run in zip(settings, runs, strict=True)]
                     batches = CachedBatches(

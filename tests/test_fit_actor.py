@@ -1,4 +1,4 @@
-"""Actors through the command line: a critic first, advantages out of the store, a policy that is saved and read back."""
+"""Actors through the command line: a critic first, advantages out of the store, a policy saved and read back."""
 
 import json
 
@@ -81,7 +81,13 @@ def test_cloning_makes_what_was_logged_likelier(store, capsys):
 def test_parts_of_a_batch_have_the_gradient_of_the_whole(store, critic, capsys):
     """One update of 8 forward passes and one of a single pass end in the same weights."""
     for algo in ("ppo", "grpo"):
-        asked = [f"algo={algo}", f"actor.critic={critic}", "actor.steps=1", "actor.clone_first=0", "actor.weight_decay=0"]
+        asked = [
+            f"algo={algo}",
+            f"actor.critic={critic}",
+            "actor.steps=1",
+            "actor.clone_first=0",
+            "actor.weight_decay=0",
+        ]
         runs = [run(store, capsys, *asked, f"actor.row_tokens={n}")["run_id"] for n in (256, 1_000_000)]
         db = offline_lm.connect(store)
         norms = [

@@ -76,7 +76,7 @@ class GRPO:
 
 
 def outcome_advantages(logged: Logged, *, divide_by_std: bool) -> tuple[Tensor, int]:
-    """Of each episode among those of its task, [e], NaN where its outcome is unknown; and how many groups are silent."""
+    """Of each episode in its task, [e], NaN where its outcome is unknown; and how many groups are silent."""
     known = ~logged.outcome.isnan()
     advantages = torch.full_like(logged.outcome, torch.nan)
     advantages[known], silent = group_advantages(logged.outcome[known], logged.task[known], divide_by_std=divide_by_std)

@@ -33,7 +33,9 @@ def alarms(
     """
     found = []
     if silent > SILENT:
-        text = f"{silent:.0%} of the responses have advantage 0: most groups hold one run, or runs that came to the same"
+        text = (
+            f"{silent:.0%} of the responses have advantage 0: most groups hold one run, or runs that came to the same"
+        )
         found.append(Alarm("silent_groups", silent, f"{text}; an algorithm with a critic would learn from them"))
     if last.get("clip_fraction", 0.0) > CLIPPED:
         text = f"{last['clip_fraction']:.0%} of the tokens are clipped: the policy has left the one it is compared with"

@@ -142,7 +142,9 @@ def test_what_target_and_online_module_share_does_not_move():
 
 @pytest.mark.parametrize("floor", [1e-4, 0.1, 10.0])
 def test_whitening_evens_out_scales_down_to_its_floor(floor):
-    x = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([3, 3, 1, 1, 0.3, 0.1, 0.1, 0.1])
+    x = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [3, 3, 1, 1, 0.3, 0.1, 0.1, 0.1]
+    )
     heads = Heads(8, whitening=floor)
     heads.whiten(x, x)
     seen = heads.q.norm(x)
