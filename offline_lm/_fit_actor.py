@@ -7,18 +7,20 @@ What the actor learns from is read back from there, so that it is what a query s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import duckdb
 import numpy as np
 import torch
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from offline_lm import cli
 from offline_lm._fit_memory import Peaks
-from offline_lm._fit_prepare import prepare, tokenized
+from offline_lm._fit_prepare import prepare, selected, tokenized
 from offline_lm._fit_report import say_selected
 from offline_lm.algos.actor import Actor
 from offline_lm.batches import replay as replays
@@ -46,25 +48,29 @@ Array = np.ndarray
 def fit_actor(
     cfg: DictConfig, algo: Actor, name: str, device: torch.device, train_critic: Callable[[DictConfig], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Train an actor; its critic first, with `train_critic`, where it needs one and `actor.critic` names none."""
+    """Train an actor; its critic first, with `train_critic`, where it needs one and `actor.critic` names none.
+
+    Raises:
+        UserError: a sweep, or what `read_logged` and `logged_logprobs` refuse.
+    """
+    if cfg.sweep is not None:
+        raise UserError(f"sweep: algo={name} trains one actor; --multirun runs each setting by itself")
     critic_run = _critic_run(cfg, algo, train_critic)
     store = Store.open(cfg.data.store, cfg.data.version).frozen()
     peaks = Peaks(device)
     with store.connect() as db, explained(store):
-        replay = replays.select(
-            db, where=cfg.data.where, gamma=algo.gamma, truncated=cfg.data.truncated, held_out=cfg.data.held_out,
-            seed=cfg.seed,
-        )  # fmt: skip
+        replay = selected(cfg, db, algo.gamma)
         say_selected(replay)
         run = Run.start(store, cfg, name)
         with failing([run]):
             with peaks.stage("prepare"):
                 model, tokenizer, tokens = _start(cfg, store, db, replay, run, device)
+            torch.manual_seed(cfg.seed)  # adapters begin at random
             how = {"how": cfg.actor.train, "target": "heads", "adapters": cli.plain(cfg.model.lora)}
             checkpointing = cfg.model.gradient_checkpointing
             with peaks.stage("actor"), training(model, **how, gradient_checkpointing=checkpointing) as (_, autocast):
-                logged = read_logged(db, replay, tokens, critic_run if algo.needs != "nothing" else None)
-                advantages, counted = algo.advantages(logged)
+                logged = read_logged(db, replay, tokens, critic_run, algo.needs)
+                advantages, counted = algo.advantages(_training_side(logged, replay))
                 draws = from_store(db, store, replay, seed=cfg.seed, **cli.plain(cfg.data.sampling))
                 print(*draws.said, sep="\n", end="\n" * bool(draws.said))
                 drawn = _Drawn(cfg, algo, replay, tokens, advantages.numpy(), logged, draws)
@@ -88,7 +94,7 @@ def fit_actor(
             store.append("diagnostics", rows)
             run.finish("finished" if whole else "interrupted", learner.step, {**metrics, **peaks.metrics})
     print(
-        "held-out log-likelihood of a logged response: "
+        f"log-likelihood of a logged response, {'held-out' if replay.held_out.any() else 'training'} tasks: "
         + ", ".join(f"{k.removeprefix('logprob_')} {before[k]:.3f} to {after[k]:.3f}" for k in before if "prob" in k)
     )
     for a in raised:
@@ -106,7 +112,7 @@ def _critic_run(cfg: DictConfig, algo: Actor, train_critic: Callable[[DictConfig
     if algo.needs == "nothing":
         return None
     if cfg.actor.critic is not None:
-        return Store.open(cfg.data.store).resolve_run(cfg.actor.critic)
+        return _fitting_run(cfg, algo.gamma)
     if algo.critic is None:
         raise UserError("algo.critic: the algorithm of a critic is wanted, or actor.critic=RUN")
     if algo.critic.gamma != algo.gamma:
@@ -114,6 +120,26 @@ def _critic_run(cfg: DictConfig, algo: Actor, train_critic: Callable[[DictConfig
     own = cfg.copy()
     own.algo = OmegaConf.create(OmegaConf.to_container(cfg.algo.critic, resolve=True))
     return train_critic(own)["run_id"]
+
+
+def _fitting_run(cfg: DictConfig, gamma: float) -> str:
+    """The run that `actor.critic` names.
+
+    Raises:
+        UserError: its values are of another discount, or it was trained on tasks that are held out here.
+    """
+    store = Store.open(cfg.data.store)
+    run_id = store.resolve_run(cfg.actor.critic)
+    with store.connect() as db:
+        ((recorded,),) = db.execute("SELECT config FROM runs WHERE run_id = ?", [run_id]).fetchall()
+    own = OmegaConf.create(yaml.safe_load(recorded))
+    wanted = {"algo.gamma": gamma} | {
+        key: OmegaConf.select(cfg, key) for key in ("seed", "data.held_out", "data.where")
+    }
+    for key, value in wanted.items():
+        if (found := OmegaConf.select(own, key)) != value:
+            raise UserError(f"actor.critic={run_id}: it was trained with {key}={found}, and this is {key}={value}")
+    return run_id
 
 
 def _start(
@@ -132,11 +158,13 @@ def _described(cfg: DictConfig) -> dict[str, Any]:
     return {**shown, "dtype": cfg.model.dtype}
 
 
-def read_logged(db: duckdb.DuckDBPyConnection, replay: Replay, tokens: Tokens, critic_run: str | None) -> Logged:
+def read_logged(
+    db: duckdb.DuckDBPyConnection, replay: Replay, tokens: Tokens, critic_run: str | None, needs: str = "v"
+) -> Logged:
     """The steps of `replay` with what the values of a run say of them; NaN where they say nothing.
 
     Raises:
-        UserError: the run has no values of these steps.
+        UserError: the run has no values of these steps, or no Q where `needs` is "q".
     """
     n = len(replay)
     v, q, of_response = np.full(n, np.nan), np.full(n, np.nan), np.full(len(tokens.response_ptr) - 1, np.nan)
@@ -148,11 +176,18 @@ def read_logged(db: duckdb.DuckDBPyConnection, replay: Replay, tokens: Tokens, c
                 v[i], q[i] = (np.nan if x is None else x for x in (value, action))
         if np.isnan(v).all():
             raise UserError(f"actor.critic={critic_run}: that run has no values of the selected steps")
+        if needs == "q" and np.isnan(q).all():
+            raise UserError(f"actor.critic={critic_run}: that run has no Q; name one of iql_lm, q_mc ...")
         listed = db.execute(
             "SELECT episode_id, step, candidate, q FROM candidate_values WHERE run_id = ?", [critic_run]
         ).fetchall()
         for episode, step, candidate, action in listed:
-            if (i := at.get((str(episode), step))) is not None and action is not None:
+            i = at.get((str(episode), step))
+            if (
+                i is not None
+                and action is not None
+                and candidate < tokens.candidate_ptr[i + 1] - tokens.candidate_ptr[i]
+            ):
                 of_response[tokens.candidate_branch[tokens.candidate_ptr[i] + candidate]] = action
     acted = replay.acted & tokens.acted & tokens.usable
     logged_branch = tokens.branch_ptr[:-1][acted]
@@ -169,6 +204,17 @@ def read_logged(db: duckdb.DuckDBPyConnection, replay: Replay, tokens: Tokens, c
         "response_of": np.repeat(np.arange(n), np.diff(tokens.branch_ptr)),
     }  # fmt: skip
     return Logged(**{name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in columns.items()})
+
+
+def _training_side(logged: Logged, replay: Replay) -> Logged:
+    """Without the outcomes of held-out tasks, so that no mean or spread over the logs is made of them."""
+    held_rows, held = torch.from_numpy(replay.held_out_rows), torch.from_numpy(replay.held_out)
+    return replace(
+        logged,
+        acted=logged.acted & ~held_rows,
+        returns=logged.returns.masked_fill(held_rows, torch.nan),
+        outcome=logged.outcome.masked_fill(held, torch.nan),
+    )
 
 
 def _ids(replay: Replay) -> list[str]:
@@ -195,23 +241,33 @@ class _Drawn:
         train = np.repeat(~replay.held_out_rows, np.diff(tokens.branch_ptr))
         self.counted = np.flatnonzero(acted & train & ~np.isnan(of_response))
         self.of_state = np.searchsorted(self.counted, tokens.branch_ptr)
-        if not len(self.counted):
-            raise UserError("no response of the training side has an advantage: nothing to train an actor on")
+        eligible = np.concatenate([stratum.episodes for stratum in draws.strata])
+        of_response = np.repeat(replay.episode_of, np.diff(tokens.branch_ptr))
+        if not np.isin(of_response[self.counted], eligible).any():
+            raise UserError(
+                "no response that may be drawn has an advantage: nothing to train an actor on"
+                " (data.where, data.sampling, and what the algorithm leaves out)"
+            )
         self.longest = int(acting.lengths(tokens, self.counted).max())
-        self.silent = float((of_response[self.counted] == 0).mean())
+        self.silent = float((self.advantages[self.counted] == 0).mean())
 
     def told(self) -> str:
         known = self.advantages[self.counted]
         return f"{len(known)} responses, advantage {known.mean():.3f} ± {known.std():.3f}, {self.silent:.1%} of them 0"
 
-    def batches(self) -> Iterator[Array]:
-        """Endless batches of responses of whole episodes, ascending; empty ones are left out."""
+    def batches(self) -> Iterator[tuple[Array, Array]]:
+        """Endless batches of at least `actor.batch_size` responses that count, ascending, and how often each was drawn.
+
+        Episodes that hold none of them take no place in a batch.
+        """
         size, seed = self.cfg.actor.batch_size, self.cfg.seed
+        drawn: list[Array] = []
         for rows in replays.episode_batches(self.replay, size, seed, draws=self.draws):
-            at = np.unique(rows)
-            spans = [self.counted[a:b] for a, b in zip(self.of_state[at], self.of_state[at + 1], strict=True)]
-            if len(found := np.concatenate(spans)):
-                yield found
+            spans = zip(self.of_state[rows].tolist(), self.of_state[rows + 1].tolist(), strict=True)
+            drawn += [self.counted[a:b] for a, b in spans if b > a]
+            if sum(map(len, drawn)) >= size:
+                yield np.unique(np.concatenate(drawn), return_counts=True)
+                drawn = []
 
 
 class _Learner:
@@ -242,9 +298,9 @@ class _Learner:
                 while self.step < settings.steps:
                     if algo.ratios != "none" and self.step == cloned:
                         self._compare_with(db)
-                    batch = next(batches)
+                    branches, times = next(batches)
                     self.step += 1
-                    logged = self._update(batch, clone=self.step <= cloned)
+                    logged = self._update(branches, times, clone=self.step <= cloned)
                     bar.update()
                     if self.step % settings.log_every == 0 or self.step == settings.steps:
                         self.run.log(self.step, logged)
@@ -254,7 +310,7 @@ class _Learner:
             return False
         return True
 
-    def _update(self, branches: Array, *, clone: bool) -> dict[str, float]:
+    def _update(self, branches: Array, times: Array, *, clone: bool) -> dict[str, float]:
         """One step down the gradient over these responses, which is summed over parts that fit a forward pass."""
         settings, tokens = self.cfg.actor, self.drawn.tokens
         sizes = acting.lengths(tokens, branches)
@@ -262,10 +318,10 @@ class _Learner:
         weight = token_weights(
             torch.from_numpy(sizes), aggregate, constant=self.drawn.longest if aggregate == "constant" else None
         )
-        weight *= torch.from_numpy(np.repeat(self.drawn.importance[branches], sizes))
+        weight *= torch.from_numpy(np.repeat(self.drawn.importance[branches] * times, sizes))
         ends = np.cumsum(sizes)
         done, losses, seen, entropies = 0, [], [], []
-        self.model.train()
+        self.model.eval()  # without dropout, so that ratios begin at 1
         self.optimizer.zero_grad()
         for part in Chosen.of(tokens, branches).rows(tokens, self.budget):
             own = slice(done, done + len(part))
@@ -299,7 +355,7 @@ class _Learner:
 
     def _responses(self, part: Chosen, weight: Tensor, clone: bool) -> tuple[Responses, Tensor]:
         tokens, branches = self.drawn.tokens, part.branches
-        logprobs, entropy = acting.response_logprobs(self.model, tokens, part, autocast=self.autocast)
+        logprobs, entropy = acting.response_logprobs(self.model, tokens, part, autocast=self.autocast, entropy=True)
         old = reference = logprobs.detach()
         if self.algo.ratios != "none" and not clone:
             at = acting.spans(tokens, branches, self.drawn.counted)
@@ -326,7 +382,9 @@ class _Learner:
     def _cached(self, branches: Array) -> Array:
         """Of the policy as it is now; computed once for these weights and responses, and kept in the store's cache."""
         tokens, folder = self.drawn.tokens, self.store.cache_dir / "logprobs"
-        name = features.key(features.fingerprint(self.model), tokens.fingerprint(), branches.tolist())
+        name = features.key(
+            features.fingerprint(self.model), str(self.autocast), tokens.fingerprint(), branches.tolist()
+        )
         file = folder / f"{name}.npy"
         if file.exists():
             return np.load(file)
@@ -344,6 +402,8 @@ class _Learner:
         branches = tokens.branch_ptr[rows]
         with torch.no_grad():
             found = acting.all_logprobs(self.model, tokens, branches, budget=self.budget, autocast=self.autocast)
+        if not len(rows):
+            return {}
         sums = np.add.reduceat(found, np.r_[0, np.cumsum(acting.lengths(tokens, branches))[:-1]].astype(np.int64))
         good = replay.success[replay.episode_of[rows]]
         said = {"logprob_all": sums, "logprob_success": sums[good == 1], "logprob_failure": sums[good == 0]}
@@ -358,19 +418,20 @@ def logged_logprobs(db: duckdb.DuckDBPyConnection, replay: Replay, tokens: Token
     """
     rows = np.searchsorted(tokens.branch_ptr, branches, side="right") - 1
     found = {
-        (str(episode), step): values
-        for episode, step, values in db.execute(
-            "SELECT episode_id, step, response_logprobs FROM steps WHERE response_logprobs IS NOT NULL"
+        (str(episode), step): (values, ids)
+        for episode, step, values, ids in db.execute(
+            "SELECT episode_id, step, response_logprobs, response_token_ids FROM steps"
+            " WHERE response_logprobs IS NOT NULL AND response_token_ids IS NOT NULL"
         ).fetchall()
     }
     out = []
     for row, branch, size in zip(rows.tolist(), branches.tolist(), acting.lengths(tokens, branches), strict=True):
         episode, step = replay.episode_ids[replay.episode_of[row]], int(replay.step[row])
-        values = found.get((episode, step)) if branch == tokens.branch_ptr[row] else None
-        if values is None or len(values) != size:
+        values, ids = found.get((episode, step), ([], [])) if branch == tokens.branch_ptr[row] else ([], [])
+        if len(values) != size or ids != tokens.response(branch).tolist():
             raise UserError(
-                f"actor.behaviour=logged: step {step} of episode {episode} has {len(values or ())} logged"
-                f" log-probabilities for a response of {size} tokens; actor.behaviour=start computes them"
+                f"actor.behaviour=logged: step {step} of episode {episode} has {len(values)} logged log-probabilities,"
+                f" where these {size} tokens are trained on; actor.behaviour=start computes them"
             )
         out.append(values)
     return np.concatenate(out).astype(np.float32)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from offline_lm import cli
 from offline_lm._fit_memory import Peaks
-from offline_lm._fit_prepare import prepare, tokenized
+from offline_lm._fit_prepare import prepare, selected, tokenized
 from offline_lm._fit_report import say_alarms, say_compared, say_next, say_selected, sites
 from offline_lm._fit_sweep import Setting
 from offline_lm._fit_train import return_range, without_features
@@ -57,10 +57,7 @@ def fit_ilql(cfg: DictConfig, algo: ILQL, name: str, device: torch.device) -> di
     store = Store.open(cfg.data.store, cfg.data.version).frozen()
     peaks = Peaks(device)
     with store.connect() as db, explained(store):
-        replay = replays.select(
-            db, where=cfg.data.where, gamma=algo.gamma, truncated=cfg.data.truncated, held_out=cfg.data.held_out,
-            seed=cfg.seed,
-        )  # fmt: skip
+        replay = selected(cfg, db, algo.gamma)
         say_selected(replay)
         return_range(replay)  # raises where no return is known
         draws = from_store(db, store, replay, seed=cfg.seed, **cli.plain(cfg.data.sampling))

@@ -26,6 +26,18 @@ _NOT_BUILT = ("heads", "features", "train", "target", "lora", "gradient_checkpoi
 """Keys of `model` that a represented backbone does not depend on."""
 
 
+def selected(cfg: DictConfig, db: duckdb.DuckDBPyConnection, gamma: float) -> Replay:
+    """The steps that `data` selects, with returns of this discount."""
+    return replays.select(
+        db,
+        where=cfg.data.where,
+        gamma=gamma,
+        truncated=cfg.data.truncated,
+        held_out=cfg.data.held_out,
+        seed=cfg.seed,
+    )
+
+
 def prepare(
     cfg: DictConfig, store: Store, db: duckdb.DuckDBPyConnection, replay: Replay, run: Run, device: torch.device
 ) -> tuple[Any, Any, Tokens]:

@@ -168,6 +168,8 @@ def whitening_floor(feats: Features, replay: Replay, tokens: Tokens, most: int =
     """For whitening=auto, by returns of the training side: of other tasks, or episodes where tasks are few."""
     known = replay.acted & tokens.acted & tokens.usable & ~replay.held_out_rows & ~np.isnan(replay.returns)
     rows = np.flatnonzero(known)
+    if not len(rows):
+        raise UserError("no usable step of the training side has a known return: raise data.max_tokens, or give labels")
     rows = rows[:: -(-len(rows) // most)]
     of_task = np.unique(replay.tasks, return_inverse=True)[1]
     few = len(np.unique(of_task[~replay.held_out])) < 10
@@ -185,7 +187,7 @@ def examples(feats: Features, replay: Replay, tokens: Tokens, most: int = 16_384
     """Features of states, and of all known actions, of the training side: evenly spaced ones, where there are many."""
     of_response = np.repeat(~replay.held_out_rows, np.diff(tokens.branch_ptr))
     rows = (np.flatnonzero(side) for side in (~replay.held_out_rows & tokens.usable, of_response))
-    chosen = (own[:: -(-len(own) // most)] for own in rows)
+    chosen = (own[:: max(-(-len(own) // most), 1)] for own in rows)
     states, actions = (torch.from_numpy(np.array(x[own])) for x, own in zip((feats.v, feats.q), chosen, strict=True))
     return states, actions
 

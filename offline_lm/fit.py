@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import duckdb
 import torch
 from omegaconf import DictConfig
 
@@ -19,7 +18,7 @@ from offline_lm._fit_actor import fit_actor
 from offline_lm._fit_checks import checked
 from offline_lm._fit_ilql import fit_ilql
 from offline_lm._fit_memory import Peaks
-from offline_lm._fit_prepare import compute_features, described, keep_backbone, kept_outside, prepare
+from offline_lm._fit_prepare import compute_features, described, keep_backbone, kept_outside, prepare, selected
 from offline_lm._fit_report import ranks, say_alarms, say_compared, say_next, say_selected, sites, target_gaps
 from offline_lm._fit_sweep import Setting, settings_of
 from offline_lm._fit_train import (
@@ -37,7 +36,6 @@ from offline_lm.algos.d3rlpy import D3rlpy
 from offline_lm.algos.ilql import ILQL
 from offline_lm.algos.q_mc import QMC
 from offline_lm.batches import replay as replays
-from offline_lm.batches.replay import Replay
 from offline_lm.batches.sampling_store import from_store
 from offline_lm.models.batching import CachedBatches, Outcomes
 from offline_lm.models.critic import save_heads
@@ -63,7 +61,7 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
     store = Store.open(cfg.data.store, cfg.data.version).frozen()
     peaks = Peaks(device)
     with store.connect() as db, explained(store):
-        replay_of = {gamma: _select(cfg, db, gamma) for gamma in dict.fromkeys(s.algo.gamma for s in settings)}
+        replay_of = {gamma: selected(cfg, db, gamma) for gamma in dict.fromkeys(s.algo.gamma for s in settings)}
         replay = replay_of[settings[0].algo.gamma]
         ranges = {gamma: return_range(each) for gamma, each in replay_of.items()}
         say_selected(replay)
@@ -108,7 +106,7 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
                         keep_backbone(cfg, model, tokenizer, run.folder)
                 del model  # heads train within the memory of features and heads
                 with peaks.stage("heads"):
-                    if any(s.cfg.model.heads.whitening == "auto" for s in settings):
+                    if any(c.model.heads.whitening == "auto" for c in (cfg, *(s.cfg for s in settings))):
                         floor = whitening_floor(feats, replay, tokens)
                     baselines = compared()
                     learners = [learner(setting, run) for setting, run in zip(settings, runs, strict=True)]
@@ -182,17 +180,6 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
     ]  # fmt: skip
     listed = [{"swept": s.swept, **result} for s, result in zip(settings, results, strict=True)]
     return results[0] if cfg.sweep is None else {**results[0], "sweep": listed}
-
-
-def _select(cfg: DictConfig, db: duckdb.DuckDBPyConnection, gamma: float) -> Replay:
-    return replays.select(
-        db,
-        where=cfg.data.where,
-        gamma=gamma,
-        truncated=cfg.data.truncated,
-        held_out=cfg.data.held_out,
-        seed=cfg.seed,
-    )
 
 
 if __name__ == "__main__":

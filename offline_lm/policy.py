@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 
-from offline_lm.batches.tokens import Tokens, tokenize
+from offline_lm.batches.render import frame
+from offline_lm.batches.tokens import Tokens, encode, tokenize
 from offline_lm.errors import UserError
 from offline_lm.models import acting, backbone, token_heads
 from offline_lm.models.acting import Chosen
@@ -126,8 +128,14 @@ class Policy:
             UserError: a state too long to read.
         """
         drawn = self.sample_ids(state, n, temperature=temperature, max_tokens=max_tokens, seed=seed)
-        end = self.tokenizer.eos_token_id
-        return [(self.tokenizer.decode(ids[:-1] if ids[-1] == end else ids), logprob) for ids, logprob in drawn]
+        end = self._end
+        kept = [(ids[: -len(end)] if ids[-len(end) :] == end else ids, logprob) for ids, logprob in drawn]
+        return [(self.tokenizer.decode(ids), logprob) for ids, logprob in kept]
+
+    @property
+    def _end(self) -> list[int]:
+        """What closes a response, as it was trained on."""
+        return encode(self.tokenizer, [end := frame(self.tokenizer).end], special=True)[end]
 
     def sample_ids(
         self, state: dict[str, Any], n: int, *, temperature: float = 1.0, max_tokens: int = 256, seed: int = 0
@@ -135,22 +143,26 @@ class Policy:
         """As `sample`, the token ids of the responses: what is exact, since a text may have others."""
         prompt = self._tokens([state]).prompt(0).astype(np.int64)
         ids = torch.from_numpy(prompt)[None].to(next(self.model.parameters()).device)
+        end = self._end[-1]
+        # of our own, since a checkpoint's may penalise repetitions or cut the tail, and scores would not be the model's
+        plain = GenerationConfig(
+            do_sample=True, top_k=0, top_p=1.0, output_scores=True, return_dict_in_generate=True, eos_token_id=end,
+            pad_token_id=end,
+        )  # fmt: skip
         packed = self.model.config._attn_implementation
         self.model.set_attn_implementation("sdpa")  # a cache of keys is filled as no packed row is
         try:
             with torch.random.fork_rng(), torch.no_grad():
                 torch.manual_seed(seed)
                 out = self.model.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=temperature,
-                    top_k=0, top_p=1.0, num_return_sequences=n, max_new_tokens=max_tokens, output_scores=True,
-                    return_dict_in_generate=True, eos_token_id=self.tokenizer.eos_token_id,
-                    pad_token_id=self.tokenizer.eos_token_id,
+                    input_ids=ids, attention_mask=torch.ones_like(ids), temperature=temperature,
+                    num_return_sequences=n, max_new_tokens=max_tokens, generation_config=plain,
                 )  # fmt: skip
         finally:
             self.model.set_attn_implementation(packed)
         said = out.sequences[:, ids.shape[1] :]
         scores = torch.stack(out.scores, dim=1).double().log_softmax(-1).gather(-1, said[..., None])[..., 0]
-        ends = (said == self.tokenizer.eos_token_id).long()
+        ends = (said == end).long()
         within = ends.cumsum(-1) - ends == 0  # up to the first end, itself included
         logprobs = scores.where(within, 0.0).sum(-1).tolist()
         return [(row[own].tolist(), p) for row, own, p in zip(said, within, logprobs, strict=True)]
@@ -170,6 +182,8 @@ class Policy:
         """
         asked = candidates if candidates is not None else state.get("candidates")
         if not asked:
+            if not temperature:
+                raise UserError("temperature=0 is the likeliest of candidates: give some, or draw n samples above 0")
             drawn = self.sample(state, n, temperature=temperature, seed=seed)
             actions, logprobs = map(list, zip(*drawn, strict=True))
             best = int(np.argmax(logprobs))
@@ -243,5 +257,5 @@ def save_policy(folder: Path, model: Any, tokenizer: Any, config: dict[str, Any]
 def start_of(path: str, store_url: str) -> str:
     """The folder or hub name that `actor.path` means: a model, or `run:RUN`, the actor of that run."""
     if not path.startswith("run:"):
-        return path
+        return str(Path(path) / "actor") if (Path(path) / FILE).is_file() else path
     return str(find_run_folder(path.removeprefix("run:"), store_url, FILE) / "actor")

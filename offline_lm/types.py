@@ -259,4 +259,4 @@ class Responses:
     old: Float[Tensor, " t"]
     """the same log-probabilities under the policy that ratios are taken to; those of now where none are"""
     reference: Float[Tensor, " t"]
-    """and under the policy that training began with"""
+    """and under the policy as the loss began that looks at it, behind `actor.clone_first`"""

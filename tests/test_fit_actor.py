@@ -132,6 +132,11 @@ def test_groups_that_say_nothing_raise_an_alarm(tmp_path, capsys):
     assert [alarm["name"] for alarm in done["alarms"]] == ["silent_groups"]
 
 
+def test_an_actor_is_not_swept(store, capsys):
+    assert fit.main([f"data.store={store}", *SMALL, "algo=bc", "sweep={seed:[0,1]}"]) == 2
+    assert "--multirun" in capsys.readouterr().err
+
+
 def test_a_critic_without_these_steps_is_refused(store, capsys):
     assert fit.main([f"data.store={store}", *SMALL, "algo=awr", "actor.critic=nothing"]) == 2
     assert "nothing" in capsys.readouterr().err

@@ -17,8 +17,8 @@ from offline_lm.types import Logged, Responses
 class FilteredBC:
     """-log pi(a|s) over episodes in the top share of return within their task (DESIGN section 5).
 
-    Where all runs of a task went wrong the best of them is still wrong: an episode must also earn no less than the mean
-    of all that were logged.
+    Where all runs of a task went wrong the best of them is still wrong: the outcome of an episode must also be no less
+    than the mean of all logs.
 
     Args:
         gamma: discount per turn: of two successes the shorter one is the better.
@@ -40,13 +40,16 @@ class FilteredBC:
         check_share("top", self.top)
 
     def advantages(self, logged: Logged) -> tuple[Tensor, dict[str, float]]:
-        first = logged.returns[logged.offsets[:-1]]
-        kept = first >= first.nanmean()
+        first, outcome = logged.returns[logged.offsets[:-1]], logged.outcome
+        mean = outcome.nanmean()
+        kept = outcome >= mean - 1e-9 * mean.abs()  # a mean of equal outcomes may be rounded up
         for task in logged.task.unique():
             own = logged.task == task
-            kept[own] &= first[own] >= first[own].nanquantile(1 - self.top, interpolation="lower")
+            kept[own] &= first[own] >= first[own].nanquantile(1 - self.top, interpolation="higher")
         rows = kept.repeat_interleave(logged.offsets.diff())
-        return torch.where(rows, 1.0, torch.nan).double(), {"episodes_kept": kept.double().mean().item()}
+        return torch.where(rows, 1.0, torch.nan).double(), {
+            "episodes_kept": (kept.sum() / (~first.isnan()).sum()).item()
+        }
 
     def loss(self, batch: Responses) -> dict[str, Tensor]:
         return {"actor": policy_gradient(batch.logprobs, batch.advantages, batch.owner, batch.weight)}

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from offline_lm.algos.checks import check_at_least_0
-from offline_lm.algos.grpo import GRPO, outcome_advantages
-from offline_lm.losses.groups import group_advantages
+from offline_lm.algos.grpo import GRPO
+from offline_lm.losses.groups import gigpo_advantages
 from offline_lm.types import Logged
 
 
@@ -31,13 +31,16 @@ class GiGPO(GRPO):
         check_at_least_0("omega", self.omega)
 
     def advantages(self, logged: Logged) -> tuple[Tensor, dict[str, float]]:
-        divide = self.variant != "dr_grpo"
-        of_episode, silent = outcome_advantages(logged, divide_by_std=divide)
-        known = logged.acted & ~logged.returns.isnan()
-        of_step = torch.full_like(logged.returns, torch.nan)
-        of_step[known], silent_pages = group_advantages(logged.returns[known], logged.page[known], divide_by_std=divide)
-        counted = {
-            "silent_groups": silent / len(logged.task.unique()),
+        known_run = ~logged.outcome.isnan()
+        episode = torch.arange(len(known_run)).repeat_interleave(logged.offsets.diff())
+        known = logged.acted & ~logged.returns.isnan() & known_run[episode]
+        numbered = (known_run.cumsum(0) - 1)[episode[known]]
+        found = torch.full_like(logged.returns, torch.nan)
+        found[known], silent, silent_pages = gigpo_advantages(
+            logged.outcome[known_run], logged.task[known_run], logged.returns[known], logged.page[known], numbered,
+            omega=self.omega, divide_by_std=self.variant != "dr_grpo",
+        )  # fmt: skip
+        return found, {
+            "silent_groups": silent / max(len(logged.task[known_run].unique()), 1),
             "silent_pages": silent_pages / max(len(logged.page[known].unique()), 1),
         }
-        return of_episode.repeat_interleave(logged.offsets.diff()) + self.omega * of_step, counted

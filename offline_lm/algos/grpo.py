@@ -30,7 +30,7 @@ class GRPO:
             divided by the standard deviation, nor by a response's length; dapo (Yu et al. 2025, eq. 8), the mean of all
             tokens, usually with `clip_high` above `clip_low`; gspo (Zheng et al. 2025, eq. 5), ratios of responses.
         clip_low, clip_high: how far a ratio may go below and above 1.
-        kl: weight of the divergence from the starting policy.
+        kl: weight of the divergence from the policy as this loss begins, behind `actor.clone_first`.
     """
 
     gamma: float
@@ -60,9 +60,13 @@ class GRPO:
         return _AGGREGATES[self.variant]
 
     def advantages(self, logged: Logged) -> tuple[Tensor, dict[str, float]]:
-        of_episode, silent = outcome_advantages(logged, divide_by_std=self.variant != "dr_grpo")
-        groups = len(logged.task.unique())
-        return of_episode.repeat_interleave(logged.offsets.diff()), {"silent_groups": silent / groups}
+        known = ~logged.outcome.isnan()
+        of_episode = torch.full_like(logged.outcome, torch.nan)
+        of_episode[known], silent = group_advantages(
+            logged.outcome[known], logged.task[known], divide_by_std=self.variant != "dr_grpo"
+        )
+        of_step = of_episode.repeat_interleave(logged.offsets.diff())
+        return of_step, {"silent_groups": silent / max(len(logged.task[known].unique()), 1)}
 
     def loss(self, batch: Responses) -> dict[str, Tensor]:
         clipped = gspo_clip if self.variant == "gspo" else ppo_clip
@@ -73,11 +77,3 @@ class GRPO:
             )
         }  # fmt: skip
         return parts | ({"kl": self.kl * kl_k3(batch.logprobs, batch.reference, batch.weight)} if self.kl else {})
-
-
-def outcome_advantages(logged: Logged, *, divide_by_std: bool) -> tuple[Tensor, int]:
-    """Of each episode in its task, [e], NaN where its outcome is unknown; and how many groups are silent."""
-    known = ~logged.outcome.isnan()
-    advantages = torch.full_like(logged.outcome, torch.nan)
-    advantages[known], silent = group_advantages(logged.outcome[known], logged.task[known], divide_by_std=divide_by_std)
-    return advantages, silent

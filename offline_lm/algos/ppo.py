@@ -27,7 +27,7 @@ class PPO:
         critic: what V comes from; it is trained to its end before the actor begins.
         lam: lambda; 0 the one-step advantage, 1 Monte Carlo minus V.
         clip_low, clip_high: how far a token's ratio may go below and above 1.
-        kl: weight of the divergence from the starting policy.
+        kl: weight of the divergence from the policy as this loss begins, behind `actor.clone_first`.
         normalize: divide advantages by their standard deviation over the logs, after taking off their mean.
         aggregate: of a response's tokens.
     """

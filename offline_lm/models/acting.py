@@ -13,8 +13,12 @@ from torch.nn.functional import cross_entropy
 
 from offline_lm.batches.pack import Layout, pack, state_rows
 from offline_lm.batches.tokens import Tokens
+from offline_lm.losses.policy import entropy as entropies
 
 Array = np.ndarray
+
+_ENTROPY_ROWS = 512
+"""Tokens whose scores over the vocabulary are copied at once."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,11 @@ def lengths(tokens: Tokens, branches: Array) -> Array:
 
 
 def response_logprobs(
-    model: Any, tokens: Tokens, chosen: Chosen, *, autocast: torch.dtype | None = None
+    model: Any, tokens: Tokens, chosen: Chosen, *, autocast: torch.dtype | None = None, entropy: bool = False
 ) -> tuple[Tensor, Tensor]:
     """log pi(token | what stands before it) of every token of the chosen responses, and the entropy there, both [T].
+
+    The entropy is computed where it is asked for, without gradient; else it is empty.
 
     One packed pass. The first token of a response is foretold by its prompt's last one, and the end-of-turn token is
     one of the response's. Vocabulary scores are made where a response's token is foretold, and nowhere else.
@@ -72,9 +78,8 @@ def response_logprobs(
         ).logits[0].float()  # fmt: skip
     logprobs = -cross_entropy(logits, foretold.to(device), reduction="none")
     with torch.no_grad():
-        log_p = logits.log_softmax(-1)
-        entropy = -(log_p.exp() * log_p).sum(-1)
-    return logprobs, entropy
+        parts = [entropies(part) for part in logits.split(_ENTROPY_ROWS)] if entropy else [logprobs[:0]]
+    return logprobs, torch.cat(parts)
 
 
 def foretelling(layout: Layout, ids: Tensor, chosen: Chosen, sizes: Array) -> tuple[Tensor, Tensor]:

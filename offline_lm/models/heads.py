@@ -25,6 +25,9 @@ from offline_lm.losses.td import squared_loss
 
 M = TypeVar("M", bound=nn.Module)
 
+LEAST_VARIANCE = 1e-6
+"""Of normalised features: what varies less is rounding, and is not made louder."""
+
 
 class Head(nn.Module):
     """k independent MLPs (width -> hidden -> hidden -> out), computed as batched matrix products.
@@ -94,7 +97,7 @@ class Head(nn.Module):
         x = self.norm(features.double())
         self.mean.copy_(x.mean(dim=0))
         variance, directions = torch.linalg.eigh((x - x.mean(dim=0)).T.cov(correction=0))
-        scale = (variance.clamp(min=0) + floor * variance.mean()).rsqrt()
+        scale = (variance.clamp(min=0) + max(floor * variance.mean().item(), LEAST_VARIANCE)).rsqrt()
         self.whitening.copy_(directions * scale @ directions.T)
 
     def read(self, raw: Tensor) -> Float[Tensor, "k n"]:

@@ -7,6 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
+from offline_lm.models.heads import LEAST_VARIANCE
+
 FLOORS = (0.001, 0.01, 0.1)
 """Floors of `Head.whiten` that are tried."""
 _FOLDS = 4
@@ -44,7 +46,7 @@ def best_floor(
     fold = (order % _FOLDS).to(number.device)[number]
     found = {}
     for floor in FLOORS:
-        white = z * (variance[loud] + floor * variance.mean()).rsqrt()
+        white = z * (variance[loud] + max(floor * variance.mean().item(), LEAST_VARIANCE)).rsqrt()
         error = 0.0
         for k in fold.unique():
             a, b, known = white[fold != k], white[fold == k], y[fold != k]

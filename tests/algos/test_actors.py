@@ -50,14 +50,14 @@ def test_bc_clones_everything_and_filtered_bc_the_best_of_each_task():
     near(BC(0.5, "sum").advantages(LOGGED)[0], 1, 1, 1, 1, 1, 1)
     kept, counted = FilteredBC(0.5, 0.5, "sum").advantages(LOGGED)
     near(kept, 1, 1, NAN, NAN, NAN, NAN)  # a return that is not known is not among the best
-    assert counted["episodes_kept"] == pytest.approx(1 / 3)
+    assert counted["episodes_kept"] == pytest.approx(1 / 2)
 
 
 def test_the_best_run_of_a_task_that_always_failed_is_not_cloned():
     returns = f64(1.0, 1, 0.9, 0.9, 0.1, 0.0)
-    kept, _ = FilteredBC(0.5, 1.0, "sum").advantages(replace(LOGGED, returns=returns))
+    kept, _ = FilteredBC(0.5, 1.0, "sum").advantages(replace(LOGGED, returns=returns, outcome=f64(1, 1, 0)))
     near(kept, 1, 1, 1, 1, NAN, NAN)  # mean 2/3: task 1 has one run, its best, below it
-    equal = replace(LOGGED, returns=f64(1, 1, 1, 1, 1, 1))
+    equal = replace(LOGGED, returns=f64(0.1, 0.1, 0.1, 0.1, 0.1, 0.1), outcome=f64(0.1, 0.1, 0.1))
     near(FilteredBC(0.5, 0.1, "sum").advantages(equal)[0], 1, 1, 1, 1, 1, 1)  # logs of successes alone lose nothing
 
 
@@ -95,6 +95,17 @@ def test_ppo_standardises_and_archer_ppo_is_its_one_step_form():
     archer = ArcherPPO(0.5, None, 0.0, 0.2, 0.2, 0.0, normalize=True, aggregate="sequence").advantages(LOGGED)[0]
     known = raw[:5]
     torch.testing.assert_close(archer[:5], (known - known.mean()) / known.std(correction=0))
+
+
+@pytest.mark.parametrize(("top", "kept"), [(0.1, 1), (0.5, 2), (0.75, 3), (1.0, 4)])
+def test_the_share_of_a_task_that_is_cloned_is_no_greater_than_asked_for(top, kept):
+    one = replace(
+        LOGGED, offsets=torch.arange(5), returns=f64(0.6, 0.9, 0.7, 0.8), outcome=f64(1, 1, 1, 1),
+        task=torch.zeros(4, dtype=torch.int64),
+    )  # fmt: skip
+    found, _ = FilteredBC(0.5, top, "sum").advantages(one)
+    assert (found == 1).sum() == kept
+    assert found[1] == 1
 
 
 @pytest.mark.parametrize(("variant", "scale"), [("grpo", math.sqrt(0.5)), ("dr_grpo", 1.0)])

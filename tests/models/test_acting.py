@@ -42,7 +42,7 @@ def alone(model, tokens, branch):
 def test_every_token_of_every_response_has_the_probability_it_has_alone(small):
     model, _, tokens = small
     branches = np.arange(len(tokens.response_ptr) - 1)
-    found, entropy = acting.response_logprobs(model, tokens, Chosen.of(tokens, branches))
+    found, entropy = acting.response_logprobs(model, tokens, Chosen.of(tokens, branches), entropy=True)
     wanted = [x for branch in branches for x in alone(model, tokens, int(branch))]
     assert len(wanted) == tokens.response_ptr[-1] > len(branches)
     torch.testing.assert_close(found.double(), torch.tensor(wanted, dtype=torch.float64), atol=1e-4, rtol=0)
