@@ -11,15 +11,16 @@ from offline_lm.errors import UserError
 NAMES = ("random", "scripted", "run:RUN")
 
 
-def named(name: str, *, epsilon: float, temperature: float, store: str) -> Policy:
+def named(name: str, *, epsilon: float, temperature: float, store: str, env: str) -> Policy:
     """``random``; ``scripted`` (MiniWoB's rules); ``run:RUN``, the action of the greatest Q of a run of `store`.
 
     Args:
         epsilon: chance of any action of the page instead.
         temperature: of a softmax over Q; 0: the greatest.
+        env: what is played.
 
     Raises:
-        UserError: an unknown name, a number out of range, a run without Q.
+        UserError: an unknown name, a number out of range, rules for another environment, a run without Q.
     """
     if not 0 <= epsilon <= 1:
         raise UserError(f"epsilon={epsilon}: a chance from 0 to 1 is wanted")
@@ -28,6 +29,8 @@ def named(name: str, *, epsilon: float, temperature: float, store: str) -> Polic
     if name == "random":
         return Chooser("random", uniform)
     if name == "scripted":
+        if env != "miniwob":
+            raise UserError(f"policy=scripted: its rules are for env=miniwob, not env={env}; policy=random is for all")
         return Chooser("scripted", scripted.probabilities, epsilon)
     if name.startswith("run:"):
         return _ranked(name.removeprefix("run:"), epsilon, temperature, store)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import zlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,15 +24,15 @@ RESETS = 3
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One episode to play: the `number`-th of its run.
+    """One episode to play.
 
     Attributes:
         seed: of the page.
-        run_seed: of the policy's randomness; step t draws from a generator seeded by (run_seed, number, t).
+        run_seed: of the policy's randomness; step t draws from a generator seeded by (run_seed, crc32 of the task's id,
+            seed, t): what an episode draws depends on no other of its run.
         native_id: what the episode is called in the store.
     """
 
-    number: int
     task: str
     seed: int
     run_seed: int
@@ -83,18 +84,22 @@ class Batcher:
 async def play(env: Environment, plan: Plan, act: Act, setting: Setting) -> Episode:
     """One episode, from reset to its end: the task's own, the step limit, or the loss of the environment.
 
+    A later page without an action ends it too: truncated, and `end_reason` is "unknown".
+
     Raises:
         Lost: it could not even begin.
     """
     began, clock = datetime.now(UTC), time.monotonic()
     page = await _reset(env, plan)
+    task_id = plan.task if plan.task.startswith(env.benchmark) else f"{env.benchmark}/{plan.task}"
     limit = min(env.limit, setting.max_steps or env.limit)
     first, steps, history = page, [], ()
     transition: Transition | None = None
     end = "step_limit"
-    while len(steps) < limit and page.actions:
+    while len(steps) < limit:
         started, t0 = datetime.now(UTC), time.monotonic()
-        rng = np.random.default_rng([plan.run_seed, plan.number, len(steps)])
+        seeds = [plan.run_seed, zlib.crc32(task_id.encode()), plan.seed, len(steps)]
+        rng = np.random.default_rng(seeds)
         choice = await act(State(page.goal, page.observation, page.actions, rng, page.url, history, plan.task))
         t1 = time.monotonic()
         why = None
@@ -103,7 +108,7 @@ async def play(env: Environment, plan: Plan, act: Act, setting: Setting) -> Epis
         except Lost as error:
             transition, why = None, str(error)
         took = {"policy_s": round(t1 - t0, 4), "env_s": round(time.monotonic() - t1, 4)}
-        extra = {"seeds": [plan.run_seed, plan.number, len(steps)], **took}
+        extra = {"seeds": seeds, **took}
         steps.append(
             _step(env, page, choice, transition, why, len(steps))
             | {"ts_start": started, "ts_end": datetime.now(UTC), "extra": extra}
@@ -117,8 +122,9 @@ async def play(env: Environment, plan: Plan, act: Act, setting: Setting) -> Epis
         if transition.terminated or transition.truncated:
             end = "env_done" if transition.terminated else "time_limit"
             break
-    if not steps:
-        raise Lost(f"{plan.task} offers no action on its first page")
+        if not page.actions:
+            end = "unknown"
+            break
     terminated = transition is not None and transition.terminated
     steps[-1] |= {"terminated": terminated, "truncated": not terminated}
     rewards = [step["reward"] for step in steps]
@@ -131,7 +137,7 @@ async def play(env: Environment, plan: Plan, act: Act, setting: Setting) -> Epis
         dataset=setting.dataset,
         steps=tuple(Step(step=i, **step) for i, step in enumerate(steps)),
         benchmark=env.benchmark,
-        task_id=plan.task if plan.task.startswith(env.benchmark) else f"{env.benchmark}/{plan.task}",
+        task_id=task_id,
         task_family=plan.task.partition("/")[0],
         site=env.benchmark,
         start_url=first.url,
@@ -150,14 +156,17 @@ async def play(env: Environment, plan: Plan, act: Act, setting: Setting) -> Epis
         started_at=began,
         duration_s=time.monotonic() - clock,
         quality_flags=("missing_rewards",) if None in rewards else (),
-        extra={"run_seed": plan.run_seed, "number": plan.number},
+        extra={"run_seed": plan.run_seed},
     )
 
 
 async def _reset(env: Environment, plan: Plan) -> Page:
     for left in reversed(range(RESETS)):
         try:
-            return await env.reset(plan.task, plan.seed)
+            page = await env.reset(plan.task, plan.seed)
+            if page.actions:
+                return page
+            raise Lost(f"{plan.task} offers no action on its first page")
         except Lost:
             await env.close()
             if not left:

@@ -42,6 +42,7 @@ class Learner:
         run: takes its losses, named with `prefix`, and its checkpoints.
         weights: [N], of every row in the losses; None: all alike.
         outcomes: rewards and returns of every row, where they are not those of the batches (another discount).
+        rate: at which targets follow, where the algorithm leaves it open.
         backbone: (target, online), where the backbone is trained with the heads. Of it, what requires gradients; it has
             a target of its own, or None.
     """
@@ -49,9 +50,10 @@ class Learner:
     def __init__(
         self, algo: Any, heads: Heads, optim: DictConfig, run: Run, *, prefix: str = "",
         outcomes: Outcomes | None = None, backbone: tuple[nn.Module | None, nn.Module] | None = None,
-        weights: Tensor | None = None,
+        weights: Tensor | None = None, rate: float = 0.01,
     ) -> None:  # fmt: skip
         self.algo, self.heads, self.optim, self.run, self.prefix = algo, heads, optim, run, prefix
+        self.rate = rate if algo.polyak is None else algo.polyak
         self.on_returns = (QMC if algo.trains_q else CriticMC)(algo.gamma, algo.polyak)
         self.outcomes, self.backbone, self.weights = outcomes, backbone, weights
         self.target = target_of(heads)
@@ -99,7 +101,7 @@ class Learner:
             )
         self.optimizer.step()
         for slow, online in self.pairs:
-            polyak(slow, online, self.algo.polyak)
+            polyak(slow, online, self.rate)
 
     def log(self, step: int) -> dict[str, float]:
         """Losses and gradient norm of the last update, kept in the run."""
@@ -181,6 +183,15 @@ def whitening_floor(feats: Features, replay: Replay, tokens: Tokens, most: int =
     told = ", ".join(f"{100 * r2:.1f} % with {f}" for f, r2 in found.items())
     print(f"features are whitened down to {floor}: of other {'episodes' if few else 'tasks'}' returns explains {told}")
     return floor
+
+
+def target_rate(replay: Replay, updates: int) -> float:
+    """The rate at which targets follow, T / updates, within 0.005 to 0.1; T: all but the longest 5 % of episodes.
+
+    A value travels one step back in about 1 / rate updates. The faster, the more a target's errors feed on themselves.
+    """
+    steps = np.add.reduceat(replay.acted, replay.offsets[:-1])[~replay.held_out]
+    return float(np.clip(np.quantile(steps, 0.95) / updates, 0.005, 0.1))
 
 
 def examples(feats: Features, replay: Replay, tokens: Tokens, most: int = 16_384) -> tuple[Tensor, Tensor]:

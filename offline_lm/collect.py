@@ -47,7 +47,7 @@ def command(cfg: DictConfig, stopped: list[int]) -> dict[str, Any]:
             raise UserError(f"{key}={cfg[key]}: a whole number from {least} is wanted")
     if cfg.max_steps is not None and (type(cfg.max_steps) is not int or cfg.max_steps < 1):
         raise UserError(f"max_steps={cfg.max_steps}: a whole number from 1, or null, is wanted")
-    policy = policies.named(cfg.policy, epsilon=cfg.epsilon, temperature=cfg.temperature, store=cfg.store)
+    policy = policies.named(cfg.policy, epsilon=cfg.epsilon, temperature=cfg.temperature, store=cfg.store, env=cfg.env)
     store = Store.create(cfg.store)
     sampling = {"temperature": cfg.temperature, "seed": cfg.seed} if cfg.policy.startswith("run:") else None
     setting = Setting(policy, cfg.max_steps, cfg.dataset, sampling)
@@ -158,7 +158,6 @@ def _plans(cfg: DictConfig, policy_id: str, tasks: list[str]) -> list[Plan]:
     limit = cfg.max_steps or "all"
     return [
         Plan(
-            number=i,
             task=(task := tasks[i % len(tasks)]),
             seed=(seed := cfg.first_seed + i // len(tasks)),
             run_seed=cfg.seed,
@@ -245,6 +244,7 @@ def _report(
     if stopped:
         print(f"stopped by {result['stopped']}: what was under way is dropped; the same command again goes on")
     again = f", {told.skipped} were there already" if told.skipped else ""
+    again += "".join(f", {counts[key]} {key}" for key in ("duplicates", "quarantined") if counts[key])
     print(
         f"{counts['episodes']} episodes, {counts['steps']} steps added to {store.url}{again}; "
         f"success {told.success:.3f}, {result['episodes_per_s']:.2f} episodes/s, {result['steps_per_s']:.1f} steps/s"

@@ -27,6 +27,7 @@ from offline_lm._fit_train import (
     examples,
     head_options,
     return_range,
+    target_rate,
     train,
     whitening_floor,
     without_features,
@@ -67,6 +68,7 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
         say_selected(replay)
         draws = from_store(db, store, replay, seed=cfg.seed, **cli.plain(cfg.data.sampling))
         print(*draws.said, sep="\n", end="\n" * bool(draws.said))
+        rate = target_rate(replay, cfg.optim.steps)
         weights = draws.weights(len(replay.episode_ids))[replay.episode_of] if draws.beta else None
         runs = [Run.start(store, setting.cfg, setting.name) for setting in settings]
         with failing(runs):
@@ -87,9 +89,11 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
 
                     return D3rlpyLearner(setting.algo, heads, setting.cfg.optim, run, outcomes=own)
                 of_rows = None if weights is None else torch.from_numpy(weights).float().to(device)
-                return Learner(setting.algo, heads, setting.cfg.optim, run, outcomes=own, weights=of_rows, **options)
+                return Learner(
+                    setting.algo, heads, setting.cfg.optim, run, outcomes=own, weights=of_rows, rate=rate, **options
+                )
 
-            def compared() -> dict[float, Learner]:
+            def returns_alone() -> dict[float, Learner]:
                 wanted = [(s.algo.gamma, run) for s, run in zip(settings, runs, strict=True) if s.name != "q_mc"]
                 first = dict(reversed(wanted)) if cfg.baselines else {}  # one for all settings of a discount
                 return {
@@ -108,7 +112,7 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
                 with peaks.stage("heads"):
                     if any(c.model.heads.whitening == "auto" for c in (cfg, *(s.cfg for s in settings))):
                         floor = whitening_floor(feats, replay, tokens)
-                    baselines = compared()
+                    baselines = returns_alone()
                     learners = [learner(setting, run) for setting, run in zip(settings, runs, strict=True)]
                     batches = CachedBatches(
                         feats, replay, tokens, device, candidates=candidates, resident=cfg.data.resident
@@ -131,7 +135,7 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
                 with peaks.stage("features"):
                     feats = compute_features(cfg, store, model, tokens)
                     keep_backbone(cfg, model, tokenizer, runs[0].folder)
-                baselines = compared()
+                baselines = returns_alone()
                 if baselines:
                     with peaks.stage("heads"):
                         batches = CachedBatches(feats, replay, tokens, device, resident=cfg.data.resident)

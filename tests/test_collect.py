@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -89,7 +90,7 @@ def test_what_is_logged_replays_exactly(run):
         assert terminated == (after == -1)
         assert truncated == (after >= 0 and step == mdp.limit - 1)
         assert end == ("env_done" if terminated else end)
-        assert json.loads(extra)["seeds"][2] == step
+        assert json.loads(extra)["seeds"][3] == step
         at = {step + 1: after}
     assert {row[:3] for row in ends} <= {(True, False, "env_done"), (False, True, "step_limit")}
     assert all(success is not None for *_, success in ends)
@@ -102,6 +103,8 @@ def test_order_and_number_of_pages_change_nothing(run):
     assert logged("one") == logged("four")
     run(*args, "store=other", "pages=1", "seed=4")
     assert logged("one") != logged("other")
+    run(*args, "store=fewer", "tasks=2", "episodes=4")
+    assert set(logged("fewer")) < set(logged("one"))
 
 
 def test_the_same_command_goes_on_where_it_stopped(run):
@@ -163,7 +166,7 @@ def test_reranking_by_a_run_of_fit(run, monkeypatch):
     for candidates, logprob in rows:
         best = max(candidates, key=lambda c: c["score"])
         assert (best["executed"], logprob) == (True, 0.0)
-    q = _collect_policies.named("run:best", epsilon=0.5, temperature=0.1, store="a")
+    q = _collect_policies.named("run:best", epsilon=0.5, temperature=0.1, store="a", env="shop")
     assert q.policy_id == "q-best-t0.1-eps0.5"
 
 
@@ -174,6 +177,7 @@ def test_reranking_by_a_run_of_fit(run, monkeypatch):
         (("env=nope",), "env=nope: there are miniwob, shop"),
         (("env=shop", "policy=best"), "policy=best: there are random, scripted, run:RUN"),
         (("env=shop", "policy=scripted", "epsilon=2"), "epsilon=2"),
+        (("env=shop", "policy=scripted"), "its rules are for env=miniwob, not env=shop"),
         (("env=shop", "episodes=0"), "episodes=0: a whole number from 1"),
         (("env=shop", "tasks=[house/1]"), "house/1: not the name of a task"),
         (("env=gym:Nope-v0",), "env=gym:Nope-v0"),
@@ -220,7 +224,7 @@ def episode_of(env) -> Episode:
     async def act(state: State):
         return policy.act([state])[0]
 
-    return asyncio.run(play(env, Plan(0, "t", 0, 0, "t/0"), act, Setting(policy, None)))
+    return asyncio.run(play(env, Plan("t", 0, 0, "t/0"), act, Setting(policy, None)))
 
 
 def test_a_crash_cuts_the_episode_and_is_no_reward():
@@ -254,6 +258,33 @@ def test_an_environment_that_never_begins_is_given_up():
         episode_of(Dying(dies=0, late=3))
 
 
+def test_a_page_without_an_action():
+    """The first one is tried again; a later one ends the episode, and that is no step limit."""
+
+    class Mute(Dying):
+        mute, resets = 0, 0
+
+        async def reset(self, task, seed):
+            self.resets += 1
+            page = await super().reset(task, seed)
+            return replace(page, actions=()) if self.resets <= self.mute else page
+
+        async def step(self, action):
+            done = await super().step(action)
+            return done._replace(page=replace(done.page, actions=())) if self.steps == 2 else done
+
+    env = Mute(dies=0)
+    env.mute = 2
+    episode = episode_of(env)
+    assert (env.resets, env.closed) == (3, 2)
+    assert (episode.end_reason, episode.truncated, episode.success) == ("unknown", True, False)
+    assert [step.reward for step in episode.steps] == [0.5, 0.5, None]
+    assert episode.steps[-1].is_final_observation
+    env.mute = 9
+    with pytest.raises(Lost, match="t offers no action on its first page"):
+        episode_of(env)
+
+
 def test_a_policy_is_asked_about_all_pages_that_wait():
     sizes = []
 
@@ -272,7 +303,7 @@ def test_a_policy_is_asked_about_all_pages_that_wait():
         async def keep(episode):
             kept.append(episode)
 
-        plans = iter([Plan(i, "t", i, 0, f"t/{i}") for i in range(6)])
+        plans = iter([Plan("t", i, 0, f"t/{i}") for i in range(6)])
         await collect_episodes([Dying(dies=0) for _ in range(3)], plans, batcher.act, Setting(policy, None), keep)
         serving.cancel()
         return kept

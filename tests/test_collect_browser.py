@@ -1,5 +1,6 @@
 """Rollouts in a real Chromium, from the command line: on a task of our own, written as MiniWoB's are."""
 
+import asyncio
 import json
 import os
 import signal
@@ -12,7 +13,8 @@ import pytest
 
 from offline_lm import collect
 from offline_lm.envs import miniwob
-from offline_lm.envs.browser import find_chromium
+from offline_lm.envs.browser import Session, find_chromium
+from offline_lm.envs.gate import Gate
 from offline_lm.errors import UserError
 from offline_lm.store import Store
 
@@ -48,16 +50,31 @@ TASK = """<!DOCTYPE html><title>Task</title><script src="../core/core.js"></scri
 </script>"""
 
 
+LEAVE = """<!DOCTYPE html><title>Leave</title><script src="../core/core.js"></script><div id="query">Go.</div>
+<a href="../core/away.html">Away</a><script>function genProblem() {}</script>"""
+
+
 @pytest.fixture(scope="module")
 def html(tmp_path_factory) -> Path:
     pytest.importorskip("playwright", reason="playwright is not installed: pip install 'offline_lm[online]'")
+
+    async def start() -> None:
+        session = Session(find_chromium(None), Gate(miniwob.ORIGIN), sandbox=os.geteuid() != 0)
+        try:
+            await session.browser()
+        finally:
+            await session.close()
+
     try:
-        find_chromium(None)
+        asyncio.run(start())
     except UserError as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("html")
-    for name, text in (("core/core.js", CORE), ("miniwob/click-button.html", TASK)):
-        (folder / name).parent.mkdir()
+    for name, text in (
+        ("core/core.js", CORE), ("core/away.html", "Elsewhere"), ("miniwob/click-button.html", TASK),
+        ("miniwob/leave.html", LEAVE),
+    ):  # fmt: skip
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     return folder
 
@@ -113,6 +130,16 @@ def test_random_rollouts_have_failures_and_their_candidates(run):
         assert page.count("ref=") == 5
         assert reward in (0.0, 1.0)
         assert raw in (-1.0, 0.5, None)
+
+
+@pytest.mark.parametrize("fresh", ["true", "false"])
+def test_an_action_that_leads_away_is_a_transition(run, fresh):
+    """The page there has no element: all that is offered is to do nothing."""
+    told = run("policy=random", "tasks=[leave]", "episodes=2", "pages=1", "max_steps=2", f"fresh={fresh}", "store=a")
+    assert (told["end_reasons"], told["failed_actions"], told["success"]) == ({"step_limit": 2}, 0, 0.0)
+    taken = [(row[9].split()[-1], row[10], row[12]) for row in rows("a")]
+    away = "Elsewhere"
+    assert taken == [("[ref=e1]", "click('e1')", 0.0), (away, "noop()", 0.0), (away, None, None)] * 2
 
 
 def test_a_kill_loses_none_that_ended_and_leaves_no_browser(html, tmp_path):

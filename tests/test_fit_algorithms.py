@@ -4,13 +4,17 @@ import dataclasses
 import importlib
 import json
 import math
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import orjson
 import pytest
 import yaml
 
 import offline_lm
 from offline_lm import fit, ingest
+from offline_lm._fit_train import target_rate
 from offline_lm.envs.shop import Site, Task, record
 from offline_lm.paths import CONF
 
@@ -53,7 +57,7 @@ def losses(store, run_id, name):
 @pytest.mark.parametrize("loss", ["mse", "hl_gauss"])
 @pytest.mark.parametrize("algo", ALGOS)
 def test_every_algorithm_learns_and_writes_values(store, capsys, algo, loss):
-    run_id = run(store, capsys, f"algo={algo}", f"model.heads.loss={loss}")
+    run_id = run(store, capsys, f"algo={algo}", f"model.heads.loss={loss}", "algo.polyak=0.01")
     rows = values(store, run_id)
     assert all(math.isfinite(v) for v, _ in rows)
     assert any(q is not None for _, q in rows) == (algo not in OF_STATES)
@@ -121,10 +125,26 @@ def test_a_setting_out_of_range_is_told(store, capsys, setting, told):
     assert told in capsys.readouterr().err
 
 
+def test_targets_follow_as_fast_as_values_must_travel():
+    def of(lengths, updates):
+        offsets = np.r_[0, np.cumsum(lengths)]
+        acted = np.ones(offsets[-1], bool)
+        held_out = np.zeros(len(lengths), bool)
+        held_out[-1] = True  # does not count
+        replay: Any = SimpleNamespace(acted=acted, offsets=offsets, held_out=held_out)
+        return target_rate(replay, updates)
+
+    assert of([15] * 20 + [500], 1500) == pytest.approx(0.01)
+    assert of([100] * 20 + [1], 1500) == pytest.approx(100 / 1500)
+    assert of([1] * 20, 1500) == 0.005
+    assert of([900] * 20, 1500) == 0.1
+
+
 @pytest.mark.parametrize("algo", ALL)
 def test_each_yaml_names_every_setting_of_its_algorithm(algo):
     """What is not there cannot be set on the command line."""
     settings = yaml.safe_load((CONF / "algo" / f"{algo}.yaml").read_text())
+    settings.pop("defaults", None)  # a critic of its own
     module, _, name = settings.pop("_target_").rpartition(".")
     algo = getattr(importlib.import_module(module), name)
     assert set(settings) == {field.name for field in dataclasses.fields(algo)}

@@ -17,6 +17,16 @@ def check_share(name: str, value: Any, *, ends: bool = True) -> None:
         raise ValueError(f"{name}={value}: a number {'from 0 to 1' if ends else 'between 0 and 1'} is wanted")
 
 
+def check_rate(name: str, value: Any) -> None:
+    """A number from 0 to 1, or None, which leaves it to `fit`.
+
+    Raises:
+        ValueError: as for `check_share`.
+    """
+    if value is not None:
+        check_share(name, value)
+
+
 def check_at_least_0(name: str, value: Any) -> None:
     """A finite number from 0.
 

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from offline_lm.algos.checks import check_at_least_0, check_share
+from offline_lm.algos.checks import check_at_least_0, check_rate, check_share
 from offline_lm.algos.iql_lm import IQL
 from offline_lm.algos.q_learning import QLearning
 from offline_lm.losses.conservative import cql_penalty
@@ -26,14 +26,14 @@ class CQL:
         alpha: weight of the penalty.
         gamma: discount per turn.
         tau: expectile of V, of base=iql.
-        polyak: rate at which the target follows the online parameters, per update.
+        polyak: rate at which the target follows the online parameters, per update; None: set by how far values travel.
     """
 
     base: Literal["iql", "q_learning"]
     alpha: float
     gamma: float
     tau: float
-    polyak: float
+    polyak: float | None
 
     trains_q: ClassVar[bool] = True
     needs_candidates: ClassVar[bool] = True
@@ -44,7 +44,7 @@ class CQL:
         check_at_least_0("alpha", self.alpha)
         check_share("gamma", self.gamma)
         check_share("tau", self.tau, ends=False)
-        check_share("polyak", self.polyak)
+        check_rate("polyak", self.polyak)
 
     @property
     def estimand(self) -> Estimand:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from offline_lm.algos.checks import check_count, check_share
+from offline_lm.algos.checks import check_count, check_rate, check_share
 from offline_lm.losses.returns import lambda_returns, n_step_returns, next_values
 from offline_lm.models.heads import Heads
 from offline_lm.types import Batch, Estimand
@@ -25,13 +25,13 @@ class CriticTD:
         gamma: discount per turn.
         lam: 0 is the one-step target, 1 Monte Carlo.
         n_step: rewards before V̄, in place of `lam`; None: `lam` holds.
-        polyak: rate at which the target follows the online parameters, per update.
+        polyak: rate at which the target follows the online parameters, per update; None: set by how far values travel.
     """
 
     gamma: float
     lam: float
     n_step: int | None
-    polyak: float
+    polyak: float | None
 
     trains_q: ClassVar[bool] = False
     needs_candidates: ClassVar[bool] = False
@@ -40,7 +40,7 @@ class CriticTD:
     def __post_init__(self) -> None:
         check_share("gamma", self.gamma)
         check_share("lam", self.lam)
-        check_share("polyak", self.polyak)
+        check_rate("polyak", self.polyak)
         if self.n_step is not None:
             check_count("n_step", self.n_step)
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from offline_lm.algos.checks import check_share
+from offline_lm.algos.checks import check_rate, check_share
 from offline_lm.algos.iql_lm import targets
 from offline_lm.models.heads import Heads
 from offline_lm.types import Batch, Estimand
@@ -22,11 +22,11 @@ class DigiQ:
 
     Args:
         gamma: discount per turn.
-        polyak: rate at which the target follows the online parameters, per update.
+        polyak: rate at which the target follows the online parameters, per update; None: set by how far values travel.
     """
 
     gamma: float
-    polyak: float
+    polyak: float | None
 
     trains_q: ClassVar[bool] = True
     needs_candidates: ClassVar[bool] = False
@@ -34,7 +34,7 @@ class DigiQ:
 
     def __post_init__(self) -> None:
         check_share("gamma", self.gamma)
-        check_share("polyak", self.polyak)
+        check_rate("polyak", self.polyak)
 
     def loss(self, critic: Heads, target: Heads, batch: Batch) -> dict[str, Tensor]:
         q_bar, y, known = targets(target, batch, self.gamma)

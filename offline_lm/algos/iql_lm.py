@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from offline_lm.algos.checks import check_share
+from offline_lm.algos.checks import check_rate, check_share
 from offline_lm.losses.returns import next_values
 from offline_lm.losses.td import ensemble_min, td_target
 from offline_lm.models.heads import Heads
@@ -24,12 +24,12 @@ class IQL:
     Args:
         gamma: discount per turn.
         tau: expectile; 0.5 is the behaviour's value, towards 1 the best logged action's.
-        polyak: rate at which the target follows the online parameters, per update.
+        polyak: rate at which the target follows the online parameters, per update; None: set by how far values travel.
     """
 
     gamma: float
     tau: float
-    polyak: float
+    polyak: float | None
 
     trains_q: ClassVar[bool] = True
     needs_candidates: ClassVar[bool] = False
@@ -38,7 +38,7 @@ class IQL:
     def __post_init__(self) -> None:
         check_share("gamma", self.gamma)
         check_share("tau", self.tau, ends=False)
-        check_share("polyak", self.polyak)
+        check_rate("polyak", self.polyak)
 
     def loss(self, critic: Heads, target: Heads, batch: Batch) -> dict[str, Tensor]:
         q_bar, y, known = targets(target, batch, self.gamma)

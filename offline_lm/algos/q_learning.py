@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from offline_lm.algos.checks import check_share
+from offline_lm.algos.checks import check_rate, check_share
 from offline_lm.losses.candidates import candidate_max
 from offline_lm.losses.returns import next_values
 from offline_lm.losses.td import ensemble_min, td_target
@@ -25,11 +25,11 @@ class QLearning:
 
     Args:
         gamma: discount per turn.
-        polyak: rate at which the target follows the online parameters, per update.
+        polyak: rate at which the target follows the online parameters, per update; None: set by how far values travel.
     """
 
     gamma: float
-    polyak: float
+    polyak: float | None
 
     trains_q: ClassVar[bool] = True
     needs_candidates: ClassVar[bool] = True
@@ -37,7 +37,7 @@ class QLearning:
 
     def __post_init__(self) -> None:
         check_share("gamma", self.gamma)
-        check_share("polyak", self.polyak)
+        check_rate("polyak", self.polyak)
 
     def loss(self, critic: Heads, target: Heads, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():

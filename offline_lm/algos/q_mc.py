@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from offline_lm.algos.checks import check_share
+from offline_lm.algos.checks import check_rate, check_share
 from offline_lm.models.heads import Heads
 from offline_lm.types import Batch, Estimand
 
@@ -22,7 +22,7 @@ class QMC:
     """
 
     gamma: float
-    polyak: float
+    polyak: float | None
 
     trains_q: ClassVar[bool] = True
     needs_candidates: ClassVar[bool] = False
@@ -30,7 +30,7 @@ class QMC:
 
     def __post_init__(self) -> None:
         check_share("gamma", self.gamma)
-        check_share("polyak", self.polyak)
+        check_rate("polyak", self.polyak)
 
     def loss(self, critic: Heads, target: Heads, batch: Batch) -> dict[str, Tensor]:
         known = batch.acted & batch.return_mask

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from offline_lm.algos.checks import check_count, check_share
+from offline_lm.algos.checks import check_count, check_rate, check_share
 from offline_lm.losses.returns import n_step_returns, next_values
 from offline_lm.losses.td import ensemble_min
 from offline_lm.models.heads import Heads
@@ -25,12 +25,12 @@ class Sarsa:
     Args:
         gamma: discount per turn.
         n_step: rewards before Q̄ (eq. 7.4); where fewer steps are logged, as many as there are.
-        polyak: rate at which the target follows the online parameters, per update.
+        polyak: rate at which the target follows the online parameters, per update; None: set by how far values travel.
     """
 
     gamma: float
     n_step: int
-    polyak: float
+    polyak: float | None
 
     trains_q: ClassVar[bool] = True
     needs_candidates: ClassVar[bool] = False
@@ -38,7 +38,7 @@ class Sarsa:
 
     def __post_init__(self) -> None:
         check_share("gamma", self.gamma)
-        check_share("polyak", self.polyak)
+        check_rate("polyak", self.polyak)
         check_count("n_step", self.n_step)
 
     def loss(self, critic: Heads, target: Heads, batch: Batch) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from offline_lm.algos.checks import check_at_least_0, check_share
+from offline_lm.algos.checks import check_at_least_0, check_rate, check_share
 from offline_lm.algos.iql_lm import targets
 from offline_lm.models.heads import Heads
 from offline_lm.types import Batch, Estimand
@@ -25,13 +25,13 @@ class WeightedIQL:
         gamma: discount per turn.
         tau: expectile.
         weight: 0 is `iql_lm`.
-        polyak: rate at which the target follows the online parameters, per update.
+        polyak: rate at which the target follows the online parameters, per update; None: set by how far values travel.
     """
 
     gamma: float
     tau: float
     weight: float
-    polyak: float
+    polyak: float | None
 
     trains_q: ClassVar[bool] = True
     needs_candidates: ClassVar[bool] = False
@@ -41,7 +41,7 @@ class WeightedIQL:
         check_share("gamma", self.gamma)
         check_share("tau", self.tau, ends=False)
         check_at_least_0("weight", self.weight)
-        check_share("polyak", self.polyak)
+        check_rate("polyak", self.polyak)
 
     def loss(self, critic: Heads, target: Heads, batch: Batch) -> dict[str, Tensor]:
         q_bar, y, known = targets(target, batch, self.gamma)

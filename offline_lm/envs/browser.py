@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Awaitable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,6 +35,7 @@ SETTLE_MS = 500
 """Page time after an action, as BrowserGym waits in real time."""
 ACTION_TIMEOUT_S = 2.0
 INFRASTRUCTURE_TIMEOUT_S = 15.0
+CLOSE_TIMEOUT_S = 10.0
 EPISODES_PER_CONTEXT = 200
 """Then a tab starts afresh: what a renderer holds on to is bounded."""
 
@@ -92,6 +94,8 @@ class Session:
     def __init__(self, executable: str, gate: Gate, *, sandbox: bool = True) -> None:
         if sandbox and os.geteuid() == 0:
             raise UserError("Chromium has no sandbox for root: be another user, or say sandbox=false")
+        if find_spec("playwright") is None:
+            raise UserError("a browser needs `pip install 'offline_lm[online]'`")
         self.executable, self.gate, self.sandbox = executable, gate, sandbox
         self.restarts = 0
         self._lock = asyncio.Lock()
@@ -108,10 +112,8 @@ class Session:
             return self._browser
 
     async def _start(self) -> Browser:
-        try:
-            from playwright.async_api import Error, async_playwright
-        except ModuleNotFoundError as error:
-            raise UserError("a browser needs `pip install 'offline_lm[online]'`") from error
+        from playwright.async_api import Error, async_playwright
+
         if self._playwright is None:
             self._proxy = await self.gate.open()
             self._playwright = await async_playwright().start()
@@ -131,11 +133,17 @@ class Session:
             raise UserError(f"{self.executable} does not start: {error.message}") from error
 
     async def close(self) -> None:
-        if self._browser is not None and self._browser.is_connected():
-            await self._browser.close()
-        if self._playwright is not None:
-            await self._playwright.stop()
-        await self.gate.close()
+        """Ends the browser, also one that hangs or has died."""
+        from playwright.async_api import Error
+
+        try:
+            if self._browser is not None and self._browser.is_connected():
+                with suppress(Error, TimeoutError):  # stopping playwright kills what is left
+                    await asyncio.wait_for(self._browser.close(), CLOSE_TIMEOUT_S)
+        finally:
+            if self._playwright is not None:
+                await self._playwright.stop()
+            await self.gate.close()
 
 
 class Tab:
@@ -174,7 +182,7 @@ class Tab:
         assert self._page is not None
         await self._guard(self._page.mouse.move(0, 0))
         await self._guard(self._page.clock.install(time=_ZERO))
-        await self._guard(self._page.clock.pause_at(_ZERO + timedelta(seconds=1)))
+        await self._guard(self._pass(self._page.clock.pause_at(_ZERO + timedelta(seconds=1))))
 
     async def _new(self) -> None:
         browser = await self.session.browser()
@@ -203,7 +211,17 @@ class Tab:
     async def settle(self) -> None:
         """Lets `SETTLE_MS` of page time pass."""
         assert self._page is not None
-        await self._guard(self._page.clock.run_for(SETTLE_MS))
+        await self._guard(self._pass(self._page.clock.run_for(SETTLE_MS)))
+
+    async def _pass(self, time: Awaitable[None]) -> None:
+        """Moves the clock. When all timers have run it rethrows what one of the page's own threw: a bug, no crash."""
+        from playwright.async_api import Error
+
+        try:
+            await time
+        except Error:
+            if self._dead():
+                raise
 
     async def look(self, also: str = "null") -> tuple[str, Any]:
         """(text of the page, value of the expression `also`), and notes the elements."""

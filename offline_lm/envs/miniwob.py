@@ -39,7 +39,9 @@ _START = """seed => {
   core.EPISODE_MAX_TIME = 1e9;
   core.startEpisodeReal();
 }"""
-_STATE = "[core.getUtterance(), WOB_DONE_GLOBAL, WOB_RAW_REWARD_GLOBAL, WOB_TASK_READY]"
+_STATE = """typeof core === "undefined" || typeof WOB_DONE_GLOBAL === "undefined"
+  ? null : [core.getUtterance(), WOB_DONE_GLOBAL, WOB_RAW_REWARD_GLOBAL]"""
+"""Null on a page that is none of MiniWoB's: an action may lead away."""
 _DATE = r"\d{1,2}/\d{1,2}/\d{2,4}"
 _TIME = r"\d{1,2}:\d{2} ?[AP]M"
 
@@ -89,9 +91,12 @@ class MiniWob:
 
     async def _look(self) -> tuple[Page, bool, float]:
         await self._tab.settle()
-        text, (goal, done, raw, _) = await self._tab.look(_STATE)
+        text, state = await self._tab.look(_STATE)
+        if state is None:
+            self._shown = ""
+        goal, done, raw = state or (self._goal, False, 0)
         self._goal = self._goal or goal if isinstance(goal, str) else goal["utterance"]
-        actions = () if done else candidates(self._tab.elements.values(), self._goal)
+        actions = (() if done else candidates(self._tab.elements.values(), self._goal)) or (call("noop"),)
         page = Page(self._goal, text, "axtree", actions, self._tab.url, self._tab.title)
         return page, bool(done), float(raw)
 

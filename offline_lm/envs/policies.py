@@ -26,7 +26,7 @@ class State:
         actions: those that the environment offers, at least one.
         history: the actions so far, oldest first.
         task: the environment's name for it; a language model must not need it.
-        rng: of this step alone, seeded by (run seed, episode, step): what is drawn depends on no other agent.
+        rng: of this step alone, seeded by (run seed, task, page seed, step): what is drawn depends on no other agent.
     """
 
     goal: str

@@ -42,7 +42,7 @@ class Chosen:
 
     def rows(self, tokens: Tokens, budget: int) -> Iterator[Chosen]:
         """Parts of at most `budget` tokens (or one longer state), in order."""
-        for span in state_rows(tokens, self.states, self.responses, budget):
+        for span in state_rows(tokens, self.states.tolist(), self.responses, budget):
             yield Chosen(self.states[span.start : span.stop], self.responses[span.start : span.stop])
 
     def __len__(self) -> int:

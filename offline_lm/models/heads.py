@@ -54,6 +54,8 @@ class Head(nn.Module):
         # Without its own gain and bias, which the first layer has already: a backward product the less.
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.whitens = whitens
+        self.mean: Tensor
+        self.whitening: Tensor
         if whitens:
             self.register_buffer("mean", torch.zeros(width))
             self.register_buffer("whitening", torch.eye(width))
@@ -154,6 +156,7 @@ class Heads(nn.Module):
         self.options = dict(
             ensemble=ensemble, hidden=hidden, loss=loss, bins=bins, low=low, high=high, whitening=whitening
         )
+        self.floor = whitening
         support = None if loss == "mse" else make_support(low, high if high > low else low + 1.0, bins)
         self.v = Head(width, 1, hidden, support, whitens=whitening is not None)
         self.q = Head(width, ensemble, hidden, support, whitens=whitening is not None)
@@ -164,9 +167,9 @@ class Heads(nn.Module):
 
     def whiten(self, states: Float[Tensor, "n d"], actions: Float[Tensor, "m d"]) -> None:
         """`Head.whiten` of both heads by the features that each will read; nothing where `whitening` is None."""
-        if (floor := self.options["whitening"]) is not None:
-            self.v.whiten(states, floor)
-            self.q.whiten(actions, floor)
+        if self.floor is not None:
+            self.v.whiten(states, self.floor)
+            self.q.whiten(actions, self.floor)
 
     def values(self, states: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         return self.v.read(self.v(states))[0]

@@ -164,7 +164,7 @@ def trained(algo: Any, batch: Batch, states: int, pairs: int, *, updates: int = 
                 step = scale / own * table.grad
                 table.data -= step
                 moved = max(moved, float(step.abs().max()))
-        polyak(target, critic, algo.polyak)
+        polyak(target, critic, cast(float, algo.polyak))
         if moved < 1e-7:
             return critic.v.table[0].detach().numpy(), critic.q.table[0].detach().numpy()
     raise FloatingPointError(f"{type(algo).__name__} still moves by {moved:.1g} an update after {updates}")

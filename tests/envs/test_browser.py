@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,16 +81,59 @@ def test_root_must_say_that_there_is_no_sandbox(monkeypatch):
     with pytest.raises(UserError, match="sandbox=false"):
         Session("chromium", Gate(ORIGIN))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(browser, "find_spec", lambda name: name)
     assert Session("chromium", Gate(ORIGIN)).sandbox
 
 
-@pytest.fixture
+def test_a_missing_playwright_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "playwright", None)
+    with pytest.raises(UserError, match=r"pip install 'offline_lm\[online\]'"):
+        Session("chromium", Gate(ORIGIN), sandbox=False)
+
+
+def test_a_browser_that_hangs_is_given_up(monkeypatch):
+    pytest.importorskip("playwright")
+    stopped = []
+
+    class Hung:
+        def is_connected(self):
+            return True
+
+        async def close(self):
+            await asyncio.sleep(60)
+
+        async def stop(self):
+            stopped.append(True)
+
+    async def run():
+        session = Session("chromium", Gate(ORIGIN), sandbox=False)
+        monkeypatch.setattr(session, "_browser", Hung())
+        monkeypatch.setattr(session, "_playwright", Hung())
+        await asyncio.wait_for(session.close(), 5)
+
+    monkeypatch.setattr(browser, "CLOSE_TIMEOUT_S", 0.01)
+    asyncio.run(run())
+    assert stopped == [True]
+
+
+@pytest.fixture(scope="session")
 def chromium() -> str:
+    """One that starts."""
     pytest.importorskip("playwright", reason="playwright is not installed: pip install 'offline_lm[online]'")
+
+    async def start(executable: str) -> None:
+        session = Session(executable, Gate(ORIGIN), sandbox=os.geteuid() != 0)
+        try:
+            await session.browser()
+        finally:
+            await session.close()
+
     try:
-        return find_chromium(None)
+        executable = find_chromium(None)
+        asyncio.run(start(executable))
     except UserError as error:
         pytest.skip(str(error))
+    return executable
 
 
 @pytest.fixture
@@ -178,6 +222,21 @@ def test_what_cannot_be_done_is_told(play):
 
 
 @pytest.mark.browser
+def test_a_bug_of_the_page_is_no_crash(play):
+    """Its timer throws; the others run all the same, and time passes."""
+
+    async def body(tab: Tab):
+        await tab.evaluate("() => { setTimeout(() => { throw Error('mine') }, 100); setTimeout(go.onclick, 50); }")
+        now = await tab.evaluate("() => Date.now()")
+        await tab.settle()
+        assert await tab.evaluate("() => [Date.now(), box.textContent]") == [now + browser.SETTLE_MS, "later"]
+        await tab.evaluate("() => { setTimeout(() => { throw Error('mine') }, 100); }")
+        await tab.rewind()
+
+    play(body)
+
+
+@pytest.mark.browser
 def test_time_stands_still_and_begins_anew_with_each_page(play):
     async def body(tab: Tab):
         times = []
@@ -223,9 +282,11 @@ def test_nothing_but_the_origin_is_reached(play):
         # It is the gate that answers: 403.
         assert got == {"fetch": "answered", "socket": "out", "image": "out", "file": "out", "own": 200, "above": 404}
         await tab.evaluate(f"() => {{ open('http://{host}/popup'); return null }}")
-        await asyncio.sleep(0.3)
         assert tab._context is not None
-        assert len(tab._context.pages) == 1
+        async with asyncio.timeout(10):  # the popup opens, is refused and closed
+            await asyncio.sleep(0.3)
+            while len(tab._context.pages) > 1:
+                await asyncio.sleep(0.05)
         other.close()
         assert reached == []
         assert sum(host in line for line in tab.session.gate.refused) >= 3
