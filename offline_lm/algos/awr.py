@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from offline_lm.algos.checks import check_above_0, check_share
+from offline_lm.algos.checks import check_above_0, check_one_of, check_share
 from offline_lm.algos.ppo import standardized
 from offline_lm.losses.policy import Aggregate, awr_weights, policy_gradient
 from offline_lm.types import Logged, Responses
@@ -38,6 +38,7 @@ class AWR:
 
     def __post_init__(self) -> None:
         check_share("gamma", self.gamma)
+        check_one_of("aggregate", self.aggregate, get_args(Aggregate))
         check_above_0("beta", self.beta)
         check_above_0("w_max", self.w_max)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from offline_lm.algos.checks import check_share
+from offline_lm.algos.checks import check_one_of, check_share
 from offline_lm.losses.policy import Aggregate, policy_gradient
 from offline_lm.types import Logged, Responses
 
@@ -32,6 +32,7 @@ class BC:
 
     def __post_init__(self) -> None:
         check_share("gamma", self.gamma)
+        check_one_of("aggregate", self.aggregate, get_args(Aggregate))
 
     def advantages(self, logged: Logged) -> tuple[Tensor, dict[str, float]]:
         return torch.ones_like(logged.reward), {}

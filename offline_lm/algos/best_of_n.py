@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from offline_lm.algos.checks import check_at_least_0, check_share
+from offline_lm.algos.checks import check_at_least_0, check_one_of, check_share
 from offline_lm.losses.policy import Aggregate, policy_gradient
 from offline_lm.types import Logged, Responses
 
@@ -37,6 +37,7 @@ class BestOfN:
 
     def __post_init__(self) -> None:
         check_share("gamma", self.gamma)
+        check_one_of("aggregate", self.aggregate, get_args(Aggregate))
         check_at_least_0("delta", self.delta)
 
     def advantages(self, logged: Logged) -> tuple[Tensor, dict[str, float]]:

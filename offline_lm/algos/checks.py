@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -47,6 +48,16 @@ def check_above_0(name: str, value: Any) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0 < value < math.inf:
         raise ValueError(f"{name}={value}: a number above 0 is wanted")
+
+
+def check_one_of(name: str, value: Any, wanted: Sequence[str]) -> None:
+    """One of these words.
+
+    Raises:
+        ValueError: as for `check_share`.
+    """
+    if value not in wanted:
+        raise ValueError(f"{name}={value}: one of {', '.join(wanted)} is wanted")
 
 
 def check_count(name: str, value: Any) -> None:

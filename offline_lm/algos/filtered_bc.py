@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from offline_lm.algos.checks import check_share
+from offline_lm.algos.checks import check_one_of, check_share
 from offline_lm.losses.policy import Aggregate, policy_gradient
 from offline_lm.types import Logged, Responses
 
@@ -37,6 +37,7 @@ class FilteredBC:
 
     def __post_init__(self) -> None:
         check_share("gamma", self.gamma)
+        check_one_of("aggregate", self.aggregate, get_args(Aggregate))
         check_share("top", self.top)
 
     def advantages(self, logged: Logged) -> tuple[Tensor, dict[str, float]]:

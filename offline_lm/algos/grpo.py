@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from offline_lm.algos.checks import check_at_least_0, check_share
+from offline_lm.algos.checks import check_at_least_0, check_one_of, check_share
 from offline_lm.losses.clipping import gspo_clip, ppo_clip
 from offline_lm.losses.groups import group_advantages
 from offline_lm.losses.policy import Aggregate, kl_k3
@@ -48,8 +48,7 @@ class GRPO:
         check_share("clip_low", self.clip_low)
         check_at_least_0("clip_high", self.clip_high)
         check_at_least_0("kl", self.kl)
-        if self.variant not in _AGGREGATES:
-            raise ValueError(f"variant={self.variant}: one of {', '.join(_AGGREGATES)} is wanted")
+        check_one_of("variant", self.variant, list(_AGGREGATES))
 
     @property
     def ratios(self) -> Literal["token", "response"]:

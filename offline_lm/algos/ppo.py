@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from offline_lm.algos.checks import check_at_least_0, check_share
+from offline_lm.algos.checks import check_at_least_0, check_one_of, check_share
 from offline_lm.losses.clipping import ppo_clip
 from offline_lm.losses.policy import Aggregate, kl_k3
 from offline_lm.losses.returns import next_values, reverse_scan, td_residuals
@@ -47,6 +47,7 @@ class PPO:
 
     def __post_init__(self) -> None:
         check_share("gamma", self.gamma)
+        check_one_of("aggregate", self.aggregate, get_args(Aggregate))
         check_share("lam", self.lam)
         check_share("clip_low", self.clip_low)
         check_at_least_0("clip_high", self.clip_high)

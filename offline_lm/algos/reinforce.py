@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from offline_lm.algos.checks import check_share
+from offline_lm.algos.checks import check_one_of, check_share
 from offline_lm.losses.policy import Aggregate, policy_gradient
 from offline_lm.types import Logged, Responses
 
@@ -36,8 +36,8 @@ class Reinforce:
 
     def __post_init__(self) -> None:
         check_share("gamma", self.gamma)
-        if self.baseline not in ("none", "mean", "v"):
-            raise ValueError(f"baseline={self.baseline}: none, mean or v is wanted")
+        check_one_of("aggregate", self.aggregate, get_args(Aggregate))
+        check_one_of("baseline", self.baseline, ("none", "mean", "v"))
 
     @property
     def needs(self) -> Literal["nothing", "v"]:

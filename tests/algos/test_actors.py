@@ -81,6 +81,13 @@ def test_reinforce_with_each_baseline():
         Reinforce(0.5, "g", None, "sum")  # pyright: ignore
 
 
+def test_words_that_an_algorithm_does_not_know_are_told():
+    with pytest.raises(ValueError, match="aggregate=mean: one of sequence, token, constant, sum is wanted"):
+        BC(0.5, "mean")  # pyright: ignore
+    with pytest.raises(ValueError, match="variant=x"):
+        GRPO(0.5, "x", 0.2, 0.2, 0.0)  # pyright: ignore
+
+
 def test_turns_have_gae_and_a_cut_off_episode_takes_the_word_of_v():
     # residuals: 0.5*0.6-0.2 = 0.1, 1-0.6 = 0.4; 0.5*0.4-0.2 = 0, -0.4; 0.5*0.3-0.1 = 0.05
     near(turn_gae(LOGGED, 0.5, 0.0), 0.1, 0.4, 0.0, -0.4, 0.05, NAN)
