@@ -46,7 +46,7 @@ class Vault:
         """The placeholder of a value whose key is named like a secret; null and truth values hold none."""
         if value is None or type(value) is bool or value in ("", [], {}):
             return value
-        text = value if isinstance(value, str) else orjson.dumps(value, default=str, option=ANY_KEYS).decode()
+        text = value if isinstance(value, str) else _as_text(value)
         return value if not re.search(r"\w", PLACEHOLDER.sub("", text)) else self.of(text, "named", count=True)
 
     def everywhere(self) -> Change | None:
@@ -94,3 +94,10 @@ def _parts(secret: str) -> Iterator[str]:
         for part in re.split(r"[;,\s=&\"]+", secret):
             if len(part) >= 12 and re.search(r"\d", part):
                 yield part
+
+
+def _as_text(value: Any) -> str:
+    try:
+        return orjson.dumps(value, default=str, option=ANY_KEYS).decode()
+    except TypeError:  # an integer beyond 64 bits, which no JSON text of ours holds
+        return repr(value)

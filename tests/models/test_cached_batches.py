@@ -28,7 +28,9 @@ def test_resident_and_mapped_features_make_the_same_batches(shop, feats, monkeyp
     mapped = CachedBatches(feats, shop.replay, shop.tokens, CPU, resident=False)
     assert kept.resident
     assert not mapped.resident
-    for field in fields(batch := kept(rows)):
+    batch = kept(rows)
+    assert batch.weight is None is mapped(rows).weight
+    for field in (f for f in fields(batch) if f.name != "weight"):
         assert torch.equal(getattr(batch, field.name), getattr(mapped(rows), field.name)), field.name
     for row, state, action in zip(rows, batch.states, batch.actions, strict=True):
         assert torch.equal(state, torch.from_numpy(np.array(feats.v[row])))

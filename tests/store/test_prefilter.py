@@ -145,3 +145,12 @@ def test_letters_are_taken_as_they_are_by_the_class_of_what_is_not_meant():
     assert not found(widen("x[^a]y") or "", "xay")
     assert found(re2_escape("a.b"), "A.b")
     assert not found(re2_escape("a.b"), "axb")
+
+
+def test_a_secret_beyond_64_bits_is_hidden_too():
+    step = Step(step=0, observation="page", extra={"password": 2**70, "token": [2**80], "basket": 3})
+    (hidden,) = redactor(least=0).episodes([Episode(source="s", native_id="n", steps=(step,))])
+    assert hidden.steps[0].extra is not None
+    assert str(2**70) not in repr(hidden)
+    assert str(2**80) not in repr(hidden)
+    assert hidden.steps[0].extra["basket"] == 3
