@@ -359,6 +359,8 @@ class _Learner:
         old = reference = logprobs.detach()
         if self.algo.ratios != "none" and not clone:
             at = acting.spans(tokens, branches, self.drawn.counted)
+            assert self.old is not None
+            assert self.reference is not None
             old, reference = (torch.from_numpy(x[at]).to(self.device) for x in (self.old, self.reference))
         owner = acting.owners(acting.lengths(tokens, branches))
         state = acting.owners([len(own) for own in part.responses])

@@ -88,6 +88,10 @@ def test_a_run_keeps_the_backbone_that_it_read_with(tmp_path, capsys, tokens):
     same = [torch.equal(a, b) for a, b in zip(kept.parameters(), shipped.parameters(), strict=True)]
     assert all(same) == (tokens == 0)
     db = offline_lm.connect(store)
-    goal, page, value = db.execute("SELECT goal, observation, v FROM latest_values WHERE step = 0").fetchone() or ()
+    goal, page, value = db.execute("SELECT goal, observation, v FROM latest_values WHERE step = 0").fetchone() or (
+        "",
+        "",
+        0,
+    )
     (score,) = Critic.from_pretrained(run).score([{"goal": goal, "observation": page}])
     assert score.v == pytest.approx(value, abs=1e-4)

@@ -319,7 +319,7 @@ def test_iql_finds_the_expectile_of_the_chain():
         optimizer.zero_grad()
         torch.stack(list(algo.loss(critic, target, data).values())).sum().backward()
         optimizer.step()
-        polyak(target, critic, algo.polyak)
+        polyak(target, critic, algo.polyak or 0.0)
     v, forward = fixed_point()
     assert critic.v.weight[0].tolist() == pytest.approx(v.tolist(), abs=0.02)
     for q in critic.q.weight:

@@ -23,6 +23,13 @@ OPTIONS = {
 }  # fmt: skip
 
 
+def chances(made):
+    """Of each draw from the only stratum."""
+    (only,) = made.strata
+    assert only.probability is not None
+    return only.probability
+
+
 def replay_of(lengths, held_out=(), success=None, ids=None):
     offsets = np.r_[0, np.cumsum(lengths)]
     n, e = int(offsets[-1]), len(lengths)
@@ -224,9 +231,10 @@ def test_td_goes_by_priority_to_alpha_and_its_weights_undo_that():
     made = sampler(eligible, 0, "td", priority=priority, alpha=0.5, beta=1.0)
     p = np.array([0, 1, 2, 3, 3]) / 9  # square roots; who is new has the greatest
     seen = frequencies(made)[:5]
-    np.testing.assert_allclose(made.strata[0].probability[1:], p[1:], rtol=2e-3)
-    assert close(seen[1:], p[1:] * (1 - made.strata[0].probability[0]))
-    assert 0 < made.strata[0].probability[0] < 1e-3  # seldom, not never
+    drawn = chances(made)
+    np.testing.assert_allclose(drawn[1:], p[1:], rtol=2e-3)
+    assert close(seen[1:], p[1:] * (1 - drawn[0]))
+    assert 0 < drawn[0] < 1e-3  # seldom, not never
     full, half, none = (replace(made, beta=beta).weights(E)[:5] for beta in (1.0, 0.5, 0.0))
     np.testing.assert_allclose(full[1:] / full[1], [1, 1 / 2, 1 / 3, 1 / 3], rtol=1e-5)
     np.testing.assert_allclose(half**2, full / full.max(), rtol=1e-9)
@@ -367,7 +375,7 @@ def test_recency_from_a_store(store):
     with store.connect() as db:
         replay = selected(db)
         made = from_(db, store, replay, strategy="recency", half_life=1.0)
-        p = dict(zip(replay.tasks, made.strata[0].probability, strict=True))
+        p = dict(zip(replay.tasks, chances(made).tolist(), strict=True))
     assert p["a3"] == pytest.approx(1 / 2, rel=1e-3)
     assert [p["a2"] / p["a3"], p["b3"] / p["a0"], p["c0"] / p["a3"]] == pytest.approx([1 / 2, 1 / 2, 1 / 2**11])
 
@@ -423,7 +431,7 @@ def test_td_errors_of_a_run_are_the_priorities(store):
     store.append("values", rows)
     with store.connect() as db:
         made = from_(db, store, replay, strategy="td", alpha=0.5)
-        p = dict(zip(replay.tasks, made.strata[0].probability, strict=True))
+        p = dict(zip(replay.tasks, chances(made).tolist(), strict=True))
         assert [p["b0"] / p["a0"], p["c0"] / p["a0"], p["b2"] / p["a0"]] == pytest.approx([2, 4, 4], rel=1e-5)
         assert made.said == ("strategy=td: priorities of r; 9 that it has not seen have its greatest",)
         assert made.beta == 1

@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -158,7 +159,8 @@ def test_whitening_is_kept_with_the_heads_and_heads_without_it_hold_nothing():
     x = torch.randn(64, 8)
     heads = Heads(8, whitening=0.1)
     heads.whiten(x, x**3)
-    again = Heads(8, **heads.options)
+    options: dict[str, Any] = heads.options
+    again = Heads(8, **options)
     again.load_state_dict(heads.state_dict())
     torch.testing.assert_close(again.q_values(x), heads.q_values(x))
     assert not torch.allclose(heads.q.mean, heads.v.mean)
