@@ -7,21 +7,20 @@ What the actor learns from is read back from there, so that it is what a query s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import duckdb
 import numpy as np
 import torch
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from offline_lm import cli
+from offline_lm._fit_logged import fitting_run, logged_logprobs, read_logged, training_side
 from offline_lm._fit_memory import Peaks
 from offline_lm._fit_prepare import prepare, selected, tokenized
-from offline_lm._fit_report import say_selected
+from offline_lm._fit_report import say_alarms, say_selected
 from offline_lm.algos.actor import Actor
 from offline_lm.batches import replay as replays
 from offline_lm.batches.replay import Replay
@@ -41,6 +40,7 @@ from offline_lm.run import Run, failing
 from offline_lm.store import Store
 from offline_lm.store.connect import explained
 from offline_lm.types import Logged, Responses
+from offline_lm.values import alarm_rows
 
 Array = np.ndarray
 
@@ -70,7 +70,7 @@ def fit_actor(
             checkpointing = cfg.model.gradient_checkpointing
             with peaks.stage("actor"), training(model, **how, gradient_checkpointing=checkpointing) as (_, autocast):
                 logged = read_logged(db, replay, tokens, critic_run, algo.needs)
-                advantages, counted = algo.advantages(_training_side(logged, replay))
+                advantages, counted = algo.advantages(training_side(logged, replay))
                 draws = from_store(db, store, replay, seed=cfg.seed, **cli.plain(cfg.data.sampling))
                 print(*draws.said, sep="\n", end="\n" * bool(draws.said))
                 drawn = _Drawn(cfg, algo, replay, tokens, advantages.numpy(), logged, draws)
@@ -87,18 +87,13 @@ def fit_actor(
                 for k, v in metrics.items()
                 if np.isfinite(v)
             ]
-            rows += [
-                {"run_id": run.run_id, "suite": "alarms", "group": name, "name": a.name, "extra": a.sentence}
-                for a in raised
-            ]
-            store.append("diagnostics", rows)
+            store.append("diagnostics", rows + alarm_rows({"run_id": run.run_id, "group": name}, raised))
             run.finish("finished" if whole else "interrupted", learner.step, {**metrics, **peaks.metrics})
     print(
         f"log-likelihood of a logged response, {'held-out' if replay.held_out.any() else 'training'} tasks: "
         + ", ".join(f"{k.removeprefix('logprob_')} {before[k]:.3f} to {after[k]:.3f}" for k in before if "prob" in k)
     )
-    for a in raised:
-        print(f"ALARM: {a.sentence}")
+    say_alarms([run], [raised])
     seconds = round(run.seconds, 1)
     print(f"{run.run_id}: {'finished' if whole else 'interrupted, but usable'} in {seconds} s, {peaks}")
     return {
@@ -112,7 +107,7 @@ def _critic_run(cfg: DictConfig, algo: Actor, train_critic: Callable[[DictConfig
     if algo.needs == "nothing":
         return None
     if cfg.actor.critic is not None:
-        return _fitting_run(cfg, algo.gamma)
+        return fitting_run(cfg, algo.gamma)
     if algo.critic is None:
         raise UserError("algo.critic: the algorithm of a critic is wanted, or actor.critic=RUN")
     if algo.critic.gamma != algo.gamma:
@@ -120,26 +115,6 @@ def _critic_run(cfg: DictConfig, algo: Actor, train_critic: Callable[[DictConfig
     own = cfg.copy()
     own.algo = OmegaConf.create(OmegaConf.to_container(cfg.algo.critic, resolve=True))
     return train_critic(own)["run_id"]
-
-
-def _fitting_run(cfg: DictConfig, gamma: float) -> str:
-    """The run that `actor.critic` names.
-
-    Raises:
-        UserError: its values are of another discount, or it was trained on tasks that are held out here.
-    """
-    store = Store.open(cfg.data.store)
-    run_id = store.resolve_run(cfg.actor.critic)
-    with store.connect() as db:
-        ((recorded,),) = db.execute("SELECT config FROM runs WHERE run_id = ?", [run_id]).fetchall()
-    own = OmegaConf.create(yaml.safe_load(recorded))
-    wanted = {"algo.gamma": gamma} | {
-        key: OmegaConf.select(cfg, key) for key in ("seed", "data.held_out", "data.where")
-    }
-    for key, value in wanted.items():
-        if (found := OmegaConf.select(own, key)) != value:
-            raise UserError(f"actor.critic={run_id}: it was trained with {key}={found}, and this is {key}={value}")
-    return run_id
 
 
 def _start(
@@ -158,69 +133,6 @@ def _described(cfg: DictConfig) -> dict[str, Any]:
     return {**shown, "dtype": cfg.model.dtype}
 
 
-def read_logged(
-    db: duckdb.DuckDBPyConnection, replay: Replay, tokens: Tokens, critic_run: str | None, needs: str = "v"
-) -> Logged:
-    """The steps of `replay` with what the values of a run say of them; NaN where they say nothing.
-
-    Raises:
-        UserError: the run has no values of these steps, or no Q where `needs` is "q".
-    """
-    n = len(replay)
-    v, q, of_response = np.full(n, np.nan), np.full(n, np.nan), np.full(len(tokens.response_ptr) - 1, np.nan)
-    if critic_run is not None:
-        at = {key: i for i, key in enumerate(zip(_ids(replay), replay.step.tolist(), strict=True))}
-        found = db.execute("SELECT episode_id, step, v, q FROM run_values WHERE run_id = ?", [critic_run]).fetchall()
-        for episode, step, value, action in found:
-            if (i := at.get((str(episode), step))) is not None:
-                v[i], q[i] = (np.nan if x is None else x for x in (value, action))
-        if np.isnan(v).all():
-            raise UserError(f"actor.critic={critic_run}: that run has no values of the selected steps")
-        if needs == "q" and np.isnan(q).all():
-            raise UserError(f"actor.critic={critic_run}: that run has no Q; name one of iql_lm, q_mc ...")
-        listed = db.execute(
-            "SELECT episode_id, step, candidate, q FROM candidate_values WHERE run_id = ?", [critic_run]
-        ).fetchall()
-        for episode, step, candidate, action in listed:
-            i = at.get((str(episode), step))
-            if (
-                i is not None
-                and action is not None
-                and candidate < tokens.candidate_ptr[i + 1] - tokens.candidate_ptr[i]
-            ):
-                of_response[tokens.candidate_branch[tokens.candidate_ptr[i] + candidate]] = action
-    acted = replay.acted & tokens.acted & tokens.usable
-    logged_branch = tokens.branch_ptr[:-1][acted]
-    of_response[logged_branch] = np.where(np.isnan(q[acted]), of_response[logged_branch], q[acted])
-    _, task = np.unique(replay.tasks, return_inverse=True)
-    _, page = np.unique(np.stack([task[replay.episode_of], tokens.page]), axis=1, return_inverse=True)
-    rewards = np.where(replay.acted, replay.reward, 0.0)
-    outcome = np.add.reduceat(rewards, replay.offsets[:-1])
-    outcome[np.isnan(replay.returns[replay.offsets[:-1]])] = np.nan  # cut off, and what it came to is not known
-    columns = {
-        "offsets": replay.offsets, "reward": replay.reward, "continues": 1.0 - replay.terminated,
-        "returns": replay.returns, "acted": acted, "bootstrap_mask": replay.bootstraps & acted, "v": v, "q": q,
-        "outcome": outcome, "task": task, "page": page, "response_q": of_response,
-        "response_of": np.repeat(np.arange(n), np.diff(tokens.branch_ptr)),
-    }  # fmt: skip
-    return Logged(**{name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in columns.items()})
-
-
-def _training_side(logged: Logged, replay: Replay) -> Logged:
-    """Without the outcomes of held-out tasks, so that no mean or spread over the logs is made of them."""
-    held_rows, held = torch.from_numpy(replay.held_out_rows), torch.from_numpy(replay.held_out)
-    return replace(
-        logged,
-        acted=logged.acted & ~held_rows,
-        returns=logged.returns.masked_fill(held_rows, torch.nan),
-        outcome=logged.outcome.masked_fill(held, torch.nan),
-    )
-
-
-def _ids(replay: Replay) -> list[str]:
-    return [replay.episode_ids[e] for e in replay.episode_of]
-
-
 class _Drawn:
     """What an actor is trained on: responses of the training side with an advantage, and batches of them."""
 
@@ -229,21 +141,20 @@ class _Drawn:
         draws: Sampler,
     ) -> None:  # fmt: skip
         self.cfg, self.replay, self.tokens, self.logged, self.draws = cfg, replay, tokens, logged, draws
-        of_episode = draws.weights(len(replay.episode_ids)) if draws.beta else np.ones(len(replay.episode_ids))
+        of_episode = draws.weights(len(replay.episode_ids))
         self.importance = np.repeat(of_episode[replay.episode_of], np.diff(tokens.branch_ptr))
         rows = np.flatnonzero(logged.acted.numpy())
-        of_response = advantages
+        self.advantages = advantages
         if not algo.candidates:
-            of_response = np.full(len(tokens.response_ptr) - 1, np.nan)
-            of_response[tokens.branch_ptr[rows]] = advantages[rows]
-        self.advantages = of_response
+            self.advantages = np.full(len(tokens.response_ptr) - 1, np.nan)
+            self.advantages[tokens.branch_ptr[rows]] = advantages[rows]
         acted = np.repeat(logged.acted.numpy(), np.diff(tokens.branch_ptr))
         train = np.repeat(~replay.held_out_rows, np.diff(tokens.branch_ptr))
-        self.counted = np.flatnonzero(acted & train & ~np.isnan(of_response))
+        self.counted = np.flatnonzero(acted & train & ~np.isnan(self.advantages))
         self.of_state = np.searchsorted(self.counted, tokens.branch_ptr)
         eligible = np.concatenate([stratum.episodes for stratum in draws.strata])
-        of_response = np.repeat(replay.episode_of, np.diff(tokens.branch_ptr))
-        if not np.isin(of_response[self.counted], eligible).any():
+        episode = np.repeat(replay.episode_of, np.diff(tokens.branch_ptr))
+        if not np.isin(episode[self.counted], eligible).any():
             raise UserError(
                 "no response that may be drawn has an advantage: nothing to train an actor on"
                 " (data.where, data.sampling, and what the algorithm leaves out)"
@@ -410,30 +321,3 @@ class _Learner:
         good = replay.success[replay.episode_of[rows]]
         said = {"logprob_all": sums, "logprob_success": sums[good == 1], "logprob_failure": sums[good == 0]}
         return {name: float(x.mean()) if len(x) else float("nan") for name, x in said.items()}
-
-
-def logged_logprobs(db: duckdb.DuckDBPyConnection, replay: Replay, tokens: Tokens, branches: Array) -> Array:
-    """float32 [T]: what `steps.response_logprobs` says of the tokens of these logged responses.
-
-    Raises:
-        UserError: a response whose log-probabilities were not logged for these very tokens.
-    """
-    rows = np.searchsorted(tokens.branch_ptr, branches, side="right") - 1
-    found = {
-        (str(episode), step): (values, ids)
-        for episode, step, values, ids in db.execute(
-            "SELECT episode_id, step, response_logprobs, response_token_ids FROM steps"
-            " WHERE response_logprobs IS NOT NULL AND response_token_ids IS NOT NULL"
-        ).fetchall()
-    }
-    out = []
-    for row, branch, size in zip(rows.tolist(), branches.tolist(), acting.lengths(tokens, branches), strict=True):
-        episode, step = replay.episode_ids[replay.episode_of[row]], int(replay.step[row])
-        values, ids = found.get((episode, step), ([], [])) if branch == tokens.branch_ptr[row] else ([], [])
-        if len(values) != size or ids != tokens.response(branch).tolist():
-            raise UserError(
-                f"actor.behaviour=logged: step {step} of episode {episode} has {len(values)} logged log-probabilities,"
-                f" where these {size} tokens are trained on; actor.behaviour=start computes them"
-            )
-        out.append(values)
-    return np.concatenate(out).astype(np.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -172,11 +173,17 @@ def critic_alarms(
         {**row, "suite": "intervals", "name": k, "value": _null(m.value), "low": _null(m.low), "high": _null(m.high)}
         for k, m in found.items()
     ]
+    store.append("diagnostics", rows + alarm_rows(row, raised))
+    return found, raised
+
+
+def alarm_rows(about: Mapping[str, Any], raised: Sequence[Alarm]) -> list[dict[str, Any]]:
+    """Rows of the table `diagnostics`, as `analysis/alarms.sql` reads them."""
+    rows = []
     for a in raised:
         said = json.dumps({"sentence": a.sentence, "threshold": a.threshold})
-        rows.append({**row, "suite": "alarms", "name": a.name, "value": _null(a.value), "extra": said})
-    store.append("diagnostics", rows)
-    return found, raised
+        rows.append({**about, "suite": "alarms", "name": a.name, "value": _null(a.value), "extra": said})
+    return rows
 
 
 def _null(x: float) -> float | None:

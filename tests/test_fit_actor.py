@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 import offline_lm
-from offline_lm import fit, ingest
+from offline_lm import fit, ingest, query
 from offline_lm.envs.shop import Site, Task, record
 from offline_lm.policy import Policy
 
@@ -130,6 +130,13 @@ def test_groups_that_say_nothing_raise_an_alarm(tmp_path, capsys):
     done = run(tmp_path / "store", capsys, "algo=grpo")
     assert done["metrics"]["silent_groups"] == 1.0
     assert [alarm["name"] for alarm in done["alarms"]] == ["silent_groups"]
+    assert f"ALARM: {done['alarms'][0]['sentence']}" in done["told"]
+    capsys.readouterr()
+    asked = ["analysis/alarms.sql", f"run={done['run_id']}", f"store={tmp_path / 'store'}", "format=json"]
+    assert query.main(asked) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["critic"], row["alarm"], row["value"], row["threshold"]) == ("grpo", "silent_groups", 1.0, 0.95)
+    assert row["sentence"] == done["alarms"][0]["sentence"]
 
 
 def test_an_actor_is_not_swept(store, capsys):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+
+from offline_lm.ope.alarms import Alarm
 
 SILENT = 0.95
 """Share of responses without an advantage, from which on nothing is learnt."""
@@ -11,14 +12,8 @@ CLIPPED = 0.5
 LEAST_ESS = 0.05
 KL = 1.0
 """Nats a token, from the policy that ratios are to."""
-
-
-class Alarm(NamedTuple):
-    """What is wrong, its number, and a sentence that says what to do."""
-
-    name: str
-    value: float
-    sentence: str
+FORGOT = 10.0
+"""Nats a response of a successful run."""
 
 
 def alarms(
@@ -36,20 +31,20 @@ def alarms(
         text = (
             f"{silent:.0%} of the responses have advantage 0: most groups hold one run, or runs that came to the same"
         )
-        found.append(Alarm("silent_groups", silent, f"{text}; an algorithm with a critic would learn from them"))
-    if last.get("clip_fraction", 0.0) > CLIPPED:
-        text = f"{last['clip_fraction']:.0%} of the tokens are clipped: the policy has left the one it is compared with"
-        found.append(Alarm("clipped", last["clip_fraction"], f"{text}; lower actor.steps or actor.lr"))
-    if last.get("ess", 1.0) < LEAST_ESS:
-        text = f"importance weights are worth {last['ess']:.1%} of the responses: a few of them decide the update"
-        found.append(
-            Alarm("few_effective_samples", last["ess"], f"{text}; lower actor.lr, or compare with a nearer policy")
-        )
-    if last.get("approx_kl", 0.0) > KL:
-        text = f"the policy has moved {last['approx_kl']:.2f} nats a token from the one it is compared with"
-        found.append(Alarm("far_from_behaviour", last["approx_kl"], f"{text}; raise algo.kl or lower actor.lr"))
+        mend = "an algorithm with a critic would learn from them"
+        found.append(Alarm("silent_groups", f"{text}; {mend}", silent, SILENT))
+    if (clipped := last.get("clip_fraction", 0.0)) > CLIPPED:
+        text = f"{clipped:.0%} of the tokens are clipped: the policy has left the one it is compared with"
+        found.append(Alarm("clipped", f"{text}; lower actor.steps or actor.lr", clipped, CLIPPED))
+    if (ess := last.get("ess", 1.0)) < LEAST_ESS:
+        text = f"importance weights are worth {ess:.1%} of the responses: a few of them decide the update"
+        mend = "lower actor.lr, or compare with a nearer policy"
+        found.append(Alarm("few_effective_samples", f"{text}; {mend}", ess, LEAST_ESS))
+    if (moved := last.get("approx_kl", 0.0)) > KL:
+        text = f"the policy has moved {moved:.2f} nats a token from the one it is compared with"
+        found.append(Alarm("far_from_behaviour", f"{text}; raise algo.kl or lower actor.lr", moved, KL))
     fell = before.get("logprob_success", 0.0) - after.get("logprob_success", 0.0)
-    if fell > 10.0:
+    if fell > FORGOT:
         text = f"responses of successful runs have become e^{fell:.0f} times less likely than under the starting policy"
-        found.append(Alarm("forgot_successes", fell, f"{text}: the update pushes away what worked"))
+        found.append(Alarm("forgot_successes", f"{text}: the update pushes away what worked", fell, FORGOT))
     return found
