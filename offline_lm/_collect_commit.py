@@ -3,39 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
 from typing import Any
-
-from deltalake import DeltaTable
 
 from offline_lm.store import Store
 from offline_lm.store.ingest import Writer, chunks
 from offline_lm.store.media import Media
 from offline_lm.store.redact import Redactor
+from offline_lm.store.tables import OpenStore
 from offline_lm.types import Episode
-
-
-@dataclass(frozen=True, slots=True)
-class _Open(Store):
-    """A store that keeps what it read of the logs of its tables: of the next commit it reads only what is new.
-
-    An episode is a small commit, and reading a log again is most of what it costs.
-    """
-
-    tables: dict[str, DeltaTable] = field(default_factory=dict)
-
-    def delta(self, table: str, version: int | None = None) -> DeltaTable:
-        if version is not None:
-            return Store.delta(self, table, version)
-        if table in self.tables:
-            self.tables[table].update_incremental()
-        else:
-            self.tables[table] = Store.delta(self, table)
-        return self.tables[table]
-
-    def _create_table(self, table: str) -> None:
-        if table not in self.tables:
-            Store._create_table(self, table)
 
 
 class Committer:
@@ -46,7 +21,7 @@ class Committer:
     """
 
     def __init__(self, store: Store, redactor: Redactor) -> None:
-        self._writer = Writer(_Open(store.url))
+        self._writer = Writer(OpenStore(store.url))
         self._redactor, self._media = redactor, Media(store, keep=True)
         self._waiting: list[tuple[Episode, asyncio.Future[None]]] = []
         self._wake, self._closing = asyncio.Event(), False

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from offline_lm.envs.action_grammar import GRAMMAR, BadAction, parse
-from offline_lm.envs.policies import Choice, Policy, State
+from offline_lm.envs.policies import Choice, Policy, State, Turn
 from offline_lm.envs.protocol import Environment, Lost, Page, Transition
 from offline_lm.types import Episode, Step
 
@@ -46,7 +46,6 @@ class Setting:
     policy: Policy
     max_steps: int | None
     dataset: str | None = None
-    sampling: dict[str, Any] | None = None
 
 
 Act = Callable[[State], Awaitable[Choice]]
@@ -93,14 +92,15 @@ async def play(env: Environment, plan: Plan, act: Act, setting: Setting) -> Epis
     page = await _reset(env, plan)
     task_id = plan.task if plan.task.startswith(env.benchmark) else f"{env.benchmark}/{plan.task}"
     limit = min(env.limit, setting.max_steps or env.limit)
-    first, steps, history = page, [], ()
+    first, steps, history, turns, tokens = page, [], (), (), [0, 0]
     transition: Transition | None = None
     end = "step_limit"
     while len(steps) < limit:
         started, t0 = datetime.now(UTC), time.monotonic()
         seeds = [plan.run_seed, zlib.crc32(task_id.encode()), plan.seed, len(steps)]
         rng = np.random.default_rng(seeds)
-        choice = await act(State(page.goal, page.observation, page.actions, rng, page.url, history, plan.task))
+        seen = State(page.goal, page.observation, page.actions, rng, page.url, history, plan.task, turns, env.grammar)
+        choice = await act(seen)
         t1 = time.monotonic()
         why = None
         try:
@@ -114,6 +114,9 @@ async def play(env: Environment, plan: Plan, act: Act, setting: Setting) -> Epis
             | {"ts_start": started, "ts_end": datetime.now(UTC), "extra": extra}
         )
         history = (*history, choice.action)
+        failed = None if transition is None else transition.error
+        turns = (*turns, Turn(page.observation, choice.action, page.url, failed))
+        tokens = [total + n for total, n in zip(tokens, choice.tokens or (0, 0), strict=True)]
         if transition is None:
             end = "env_error"
             await env.close()
@@ -146,7 +149,8 @@ async def play(env: Environment, plan: Plan, act: Act, setting: Setting) -> Epis
         trial=plan.run_seed,
         policy_id=setting.policy.policy_id,
         policy_kind=setting.policy.kind,
-        sampling=setting.sampling,
+        model=setting.policy.model,
+        sampling={**setting.policy.sampling, "seed": plan.run_seed},
         outcome_reward=None if None in rewards else float(sum(rewards)),
         raw_reward=None if transition is None else transition.raw_reward,
         success=success,
@@ -155,6 +159,8 @@ async def play(env: Environment, plan: Plan, act: Act, setting: Setting) -> Epis
         end_reason=end,
         started_at=began,
         duration_s=time.monotonic() - clock,
+        tokens_in=tokens[0] or None,
+        tokens_out=tokens[1] or None,
         quality_flags=("missing_rewards",) if None in rewards else (),
         extra={"run_seed": plan.run_seed},
     )

@@ -167,9 +167,7 @@ def fit_on(store: Store, db: duckdb.DuckDBPyConnection, run: Logged, rank: int) 
     """
     critic = Critic.from_pretrained(find_run(run.run_id, store.url))
     where = f"episode_id IN (SELECT episode_id FROM \"values\" WHERE run_id = '{run.run_id}')"
-    settings: Any = {key: critic.config[key] for key in ("max_tokens", "history")}
-    settings["context"] = critic.config.get("context", "actions")
-    tokens = tokenize(replays.steps(db, where), critic.tokenizer, **settings)
+    tokens = tokenize(replays.steps(db, where), critic.tokenizer, **critic.rendering)
     if not np.array_equal(tokens.candidate_ptr, run.ptr):
         raise UserError(f"the candidates of {run.run_id}'s steps are no longer those that it scored: fit again")
     found = features.compute(critic.model, tokens, store.cache_dir / "features", dtype=run.config["model"]["features"])

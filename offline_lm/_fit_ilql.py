@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from offline_lm import cli
+from offline_lm._fit_logged import judged_rows
 from offline_lm._fit_memory import Peaks
-from offline_lm._fit_prepare import prepare, selected, tokenized
-from offline_lm._fit_report import say_alarms, say_compared, say_next, say_selected, sites
+from offline_lm._fit_prepare import reading, selected, starting_policy
+from offline_lm._fit_report import say_alarms, say_compared, say_next, say_selected, write_back
 from offline_lm._fit_sweep import Setting
-from offline_lm._fit_train import return_range, without_features
+from offline_lm._fit_train import return_range
 from offline_lm.algos.ilql import ILQL, TokenBatch
 from offline_lm.batches import replay as replays
 from offline_lm.batches.replay import Replay
@@ -28,19 +29,20 @@ from offline_lm.batches.tokens import Tokens
 from offline_lm.errors import UserError
 from offline_lm.losses.ilql import token_targets
 from offline_lm.losses.td import ensemble_min
-from offline_lm.models import acting, backbone, token_heads
+from offline_lm.models import acting, token_heads
 from offline_lm.models.acting import Chosen
 from offline_lm.models.batching import Outcomes
+from offline_lm.models.descent import rate_share
 from offline_lm.models.devices import row_tokens
 from offline_lm.models.encoding import training
 from offline_lm.models.heads import polyak, target_of
 from offline_lm.models.token_heads import TokenHeads
 from offline_lm.ope.diagnostics import Estimates
-from offline_lm.policy import save_policy, start_of
+from offline_lm.ope.updates import by_outcome
+from offline_lm.policy import save_policy
 from offline_lm.run import Run, failing
 from offline_lm.store import Store
 from offline_lm.store.connect import explained
-from offline_lm.values import candidate_values, compare, critic_alarms, log_alarms, values
 
 Array = np.ndarray
 
@@ -66,11 +68,7 @@ def fit_ilql(cfg: DictConfig, algo: ILQL, name: str, device: torch.device) -> di
         run = Run.start(store, cfg, name)
         with failing([run]):
             with peaks.stage("prepare"):
-                if cfg.actor.path is None:
-                    model, tokenizer, tokens = prepare(cfg, store, db, replay, run, device)
-                else:
-                    model, tokenizer = backbone.load(start_of(cfg.actor.path, cfg.data.store), cfg.model.dtype)
-                    model, tokens = model.to(device), tokenized(cfg, store, db, replay, tokenizer)
+                model, tokenizer, tokens = starting_policy(cfg, store, db, replay, run, device)
             how = {"how": cfg.actor.train, "target": cfg.model.target, "adapters": cli.plain(cfg.model.lora)}
             checkpointing = cfg.model.gradient_checkpointing
             with peaks.stage("actor"), training(model, **how, gradient_checkpointing=checkpointing) as (slow, autocast):
@@ -79,25 +77,18 @@ def fit_ilql(cfg: DictConfig, algo: ILQL, name: str, device: torch.device) -> di
                 whole = learner.train(drawn)
                 learner.settle()
             heads = learner.heads.eval()
-            shown = {key: cfg.data[key] for key in ("max_tokens", "history", "context")}
-            save_policy(run.folder, model, tokenizer, {**shown, "dtype": cfg.model.dtype, "ilql": {"beta": algo.beta}})
+            save_policy(run.folder, model, tokenizer, {**reading(cfg), "ilql": {"beta": algo.beta}})
             token_heads.save(heads, run.folder)
             with peaks.stage("values"):
                 v, ensemble = token_heads.estimates(model, heads, tokens, budget=learner.budget)
                 mine = Estimates(v, ensemble.min(axis=0), ensemble)
-                store.append("values", values(run.run_id, replay, tokens, mine, algo.gamma))
-                store.append("candidate_values", candidate_values(db, run.run_id, replay, tokens, mine))
-                said = {name: mine, **(without_features(replay) if cfg.baselines else {})}
-                extra = learner.likelihood(model)
-                site = sites(db, replay)
-                table = compare(store, run.run_id, replay, tokens, said, gamma=algo.gamma, extra=extra, site=site)
-                of_logs = log_alarms(db, replay, tokens)
-                compared, raised = critic_alarms(
-                    store, run.run_id, replay, tokens, said, table, of_logs, estimand=algo.estimand
+                setting = Setting(cfg, algo, name, {})
+                table, compared, raised = write_back(
+                    cfg, store, db, run, replay, tokens, mine, setting, learner.likelihood(model)
                 )
             metrics = {**table[name], **peaks.metrics}
             run.finish("finished" if whole else "interrupted", learner.step, metrics)
-    say_compared(Setting(cfg, algo, name, {}), run, table, compared, replay)
+    say_compared(setting, run, table, compared, replay)
     say_alarms([run], [raised])
     say_next(cfg, run)
     seconds = round(run.seconds, 1)
@@ -201,7 +192,7 @@ class _Learner:
         norm = nn.utils.clip_grad_norm_(self.parameters, self.cfg.actor.clip).item()
         if not np.isfinite([norm, *sums.values()]).all():
             raise FloatingPointError(f"update {self.step}: losses {sums}, gradient norm {norm}; lower actor.lr")
-        share = min(1.0, self.step / max(self.cfg.actor.warmup, 1), 1.05 - self.step / self.cfg.actor.steps)
+        share = rate_share(self.step, self.cfg.actor.steps, self.cfg.actor.warmup)
         self.optimizer.param_groups[0]["lr"] = self.cfg.actor.lr * share
         self.optimizer.step()
         if self.slow is not None:
@@ -232,20 +223,15 @@ class _Learner:
         Under the policy that acts, and, as `behaviour_logprob`, under the one that imitates.
         """
         tokens, replay = self.tokens, self.replay
-        side = replay.held_out_rows if replay.held_out.any() else np.ones(len(replay), bool)
-        rows = np.flatnonzero(replay.acted & np.asarray(tokens.acted) & side)[: self.cfg.actor.judged]
+        rows = judged_rows(replay, replay.acted & np.asarray(tokens.acted), self.cfg.actor.judged)
         branches = tokens.branch_ptr[rows]
-        first = np.r_[0, np.cumsum(acting.lengths(tokens, branches))[:-1]].astype(np.int64)
         policy, behaviour = (
-            np.add.reduceat(np.concatenate([
-                token_heads.response_logprobs(model, self.heads, tokens, part, beta=beta).double().cpu().numpy()
+            acting.of_responses(tokens, branches, torch.cat([
+                token_heads.response_logprobs(model, self.heads, tokens, part, beta=beta)
                 for part in Chosen.of(tokens, branches).rows(tokens, self.budget)
-            ]), first)
+            ]))
             for beta in (self.algo.beta, 0.0)
         )  # fmt: skip
-        good = replay.success[replay.episode_of[rows]]
-        said = {
-            "behaviour_logprob": behaviour, "logprob_all": policy, "logprob_success": policy[good == 1],
-            "logprob_failure": policy[good == 0],
-        }  # fmt: skip
-        return {key: float(x.mean()) if len(x) else float("nan") for key, x in said.items()}
+        return {"behaviour_logprob": float(behaviour.mean())} | by_outcome(
+            policy, replay.success[replay.episode_of[rows]]
+        )

@@ -19,16 +19,32 @@ from offline_lm.types import Logged
 
 Array = np.ndarray
 
+_NEWEST_CRITIC = """
+    SELECT run_id
+    FROM runs
+    WHERE status = 'finished' AND run_id IN (SELECT run_id FROM "values")
+    ORDER BY written_at DESC, run_id
+    LIMIT 1
+"""
+
 
 def fitting_run(cfg: DictConfig, gamma: float) -> str:
-    """The run that `actor.critic` names.
+    """The run that `actor.critic` names; latest: the newest finished one that has values.
 
     Raises:
-        UserError: its values are of another discount, or it was trained on tasks that are held out here.
+        UserError: none has, its values are of another discount, or it was trained on tasks that are held out here.
     """
     store = Store.open(cfg.data.store)
-    run_id = store.resolve_run(cfg.actor.critic)
     with store.connect() as db:
+        if cfg.actor.critic == "latest":
+            found = db.execute(_NEWEST_CRITIC).fetchone()
+            if found is None:
+                raise UserError(
+                    "actor.critic=latest: no finished run has values; actor.critic=null trains a critic first"
+                )
+            (run_id,) = found
+        else:
+            run_id = store.resolve_run(cfg.actor.critic)
         ((recorded,),) = db.execute("SELECT config FROM runs WHERE run_id = ?", [run_id]).fetchall()
     own = OmegaConf.create(yaml.safe_load(recorded))
     wanted = {"algo.gamma": gamma} | {
@@ -95,6 +111,19 @@ def training_side(logged: Logged, replay: Replay) -> Logged:
         returns=logged.returns.masked_fill(held_rows, torch.nan),
         outcome=logged.outcome.masked_fill(held, torch.nan),
     )
+
+
+def judged_rows(replay: Replay, acted: Array, most: int) -> Array:
+    """int64: rows of the held-out side (or the only one) with a response, the first so many."""
+    side = replay.held_out_rows if replay.held_out.any() else np.ones(len(replay), bool)
+    return np.flatnonzero(acted & side)[:most]
+
+
+def complete(db: duckdb.DuckDBPyConnection, replay: Replay) -> Array:
+    """bool [N]: whether the candidates of a step are known to be all that could be done there."""
+    found = db.sql("SELECT episode_id, step FROM steps WHERE candidates_complete").fetchall()
+    said = {(str(episode), step) for episode, step in found}
+    return np.array([key in said for key in zip(_ids(replay), replay.step.tolist(), strict=True)], bool)
 
 
 def _ids(replay: Replay) -> list[str]:

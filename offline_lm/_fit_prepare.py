@@ -16,9 +16,10 @@ from offline_lm._fit_sweep import Setting
 from offline_lm.batches import questions, render, token_cache
 from offline_lm.batches import replay as replays
 from offline_lm.batches.replay import Replay
-from offline_lm.batches.tokens import Tokens
+from offline_lm.batches.tokens import Tokens, tokenizer_id
 from offline_lm.models import backbone, features, represent
 from offline_lm.models.features import Features
+from offline_lm.policy import start_of
 from offline_lm.run import Run
 from offline_lm.store import Store
 
@@ -58,20 +59,43 @@ def prepare(
                 _training_texts(db, cfg.data.where, replay), vocab_size=cfg.model.vocab_size, width=cfg.model.width,
                 layers=cfg.model.layers, heads=cfg.model.attention_heads, seed=cfg.seed,
             )  # fmt: skip
-        tokens = tokenized(cfg, store, db, replay, tokenizer)
+        tokens = tokenized(cfg, store, db, replay, tokenizer, grounding=cfg.data.grounding)
         represent_stage(cfg, model.to(device), tokens, replay, run)
         backbone.save(model, tokenizer, folder)
         (folder / "done").touch()
         model, tokenizer = backbone.load(str(folder), cfg.model.dtype)
-    return model.to(device), tokenizer, tokenized(cfg, store, db, replay, tokenizer)
+    return model.to(device), tokenizer, tokenized(cfg, store, db, replay, tokenizer, grounding=cfg.data.grounding)
 
 
-def tokenized(cfg: DictConfig, store: Store, db: duckdb.DuckDBPyConnection, replay: Replay, tokenizer: Any) -> Tokens:
-    """The selected steps' tokens; the store's cache keeps them, and new episodes alone are tokenised."""
+def starting_policy(
+    cfg: DictConfig, store: Store, db: duckdb.DuckDBPyConnection, replay: Replay, run: Run, device: torch.device
+) -> tuple[Any, Any, Tokens]:
+    """The policy that an actor's training begins with (`actor.path`), its tokenizer, and the logs in its tokens."""
+    if cfg.actor.path is None:
+        model, tokenizer, _ = prepare(cfg, store, db, replay, run, device)
+    else:
+        model, tokenizer = backbone.load(start_of(cfg.actor.path, cfg.data.store), cfg.model.dtype, "actor.path")
+    return model.to(device), tokenizer, tokenized(cfg, store, db, replay, tokenizer, grounding=False)
+
+
+def check_starting_policy(cfg: DictConfig) -> None:
+    """Raises UserError, before anything is trained, where `actor.path` names no model."""
+    if cfg.actor.path is not None:
+        backbone.check(start_of(cfg.actor.path, cfg.data.store), "actor.path")
+
+
+def tokenized(
+    cfg: DictConfig, store: Store, db: duckdb.DuckDBPyConnection, replay: Replay, tokenizer: Any, *, grounding: bool
+) -> Tokens:
+    """The selected steps' tokens; the store's cache keeps them, and new episodes alone are tokenised.
+
+    Args:
+        grounding: `data.grounding` for a critic; False for a policy, which answers for what it says alone.
+    """
     hashes = dict(db.execute("SELECT episode_id, content_hash FROM episodes").fetchall())
     tokens = token_cache.cached(
         store.cache_dir / "tokens",
-        tokens_key(cfg, db, tokenizer),
+        tokens_key(cfg, db, tokenizer, grounding),
         replay.episode_ids,
         [hashes[episode] for episode in replay.episode_ids],
         replay.offsets,
@@ -80,6 +104,7 @@ def tokenized(cfg: DictConfig, store: Store, db: duckdb.DuckDBPyConnection, repl
         max_tokens=cfg.data.max_tokens,
         history=cfg.data.history,
         context=cfg.data.context,
+        grounding=grounding,
     )
     cuts = tokens.cuts
     if cuts.pages or cuts.histories or cuts.too_long:
@@ -90,12 +115,14 @@ def tokenized(cfg: DictConfig, store: Store, db: duckdb.DuckDBPyConnection, repl
     return tokens
 
 
-def tokens_key(cfg: DictConfig, db: duckdb.DuckDBPyConnection, tokenizer: Any) -> str:
+def tokens_key(cfg: DictConfig, db: duckdb.DuckDBPyConnection, tokenizer: Any, grounding: bool) -> str:
     """Name of what tokens depend on beside the episodes; the tokenizer's own name matters to ids that it logged."""
-    name = tokenizer.name_or_path
+    name = tokenizer_id(tokenizer)
     logged = db.execute("SELECT count(*) FROM (FROM steps WHERE tokenizer_id = ? LIMIT 1)", [name]).fetchall()
     vocabulary = tokenizer.backend_tokenizer.to_str()
-    return features.key(vocabulary, tokenizer.chat_template, name if logged[0][0] else None, _rendering(cfg))
+    return features.key(
+        vocabulary, tokenizer.chat_template, name if logged[0][0] else None, [*_rendering(cfg), grounding]
+    )
 
 
 def represent_stage(cfg: DictConfig, model: Any, tokens: Tokens, replay: Replay, run: Run) -> None:
@@ -147,16 +174,14 @@ def kept_outside(cfg: DictConfig) -> str | None:
     return cfg.model.path if outside and cfg.model.train == "heads" and not cfg.model.stage.tokens else None
 
 
+def reading(cfg: DictConfig) -> dict[str, Any]:
+    """What a saved critic or policy must know to read pages as it did in training."""
+    return {**{key: cfg.data[key] for key in ("max_tokens", "history", "context")}, "dtype": cfg.model.dtype}
+
+
 def described(setting: Setting) -> dict[str, Any]:
-    """What a saved critic must know to read texts as `fit` did."""
-    cfg = setting.cfg
-    return {
-        "max_tokens": cfg.data.max_tokens,
-        "history": cfg.data.history,
-        "context": cfg.data.context,
-        "dtype": cfg.model.dtype,
-        "has_q": setting.algo.trains_q,
-    }
+    """`reading`, and what else a saved critic must know."""
+    return {**reading(setting.cfg), "grounding": setting.cfg.data.grounding, "has_q": setting.algo.trains_q}
 
 
 def _weights(path: str | None) -> list[Any]:
@@ -169,7 +194,7 @@ def _selection(cfg: DictConfig, store: Store) -> list[Any]:
     """What the text of the prompts depends on."""
     versions = store.versions()
     snapshot = [versions.get(table, 0) for table in ("episodes", "steps")]
-    return [cfg.data.where, *_rendering(cfg), snapshot]
+    return [cfg.data.where, *_rendering(cfg), cfg.data.grounding, snapshot]
 
 
 def _rendering(cfg: DictConfig) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import duckdb
 import numpy as np
@@ -10,13 +11,16 @@ import torch
 from omegaconf import DictConfig
 
 from offline_lm._fit_sweep import Setting
-from offline_lm._fit_train import Learner, estimate
+from offline_lm._fit_train import Learner, estimate, without_features
 from offline_lm.batches.replay import Replay
+from offline_lm.batches.tokens import Tokens
 from offline_lm.models.features import Features
 from offline_lm.ope.alarms import Alarm, comparisons
 from offline_lm.ope.clustered import Measured
 from offline_lm.ope.diagnostics import Estimates, effective_rank, target_gap
 from offline_lm.run import Run
+from offline_lm.store import Store
+from offline_lm.values import candidate_values, compare, critic_alarms, log_alarms, values
 
 
 def say_selected(replay: Replay) -> None:
@@ -60,6 +64,28 @@ def _sample(n: int, size: int) -> np.ndarray:
 def sites(db: duckdb.DuckDBPyConnection, replay: Replay) -> np.ndarray:
     of = dict(db.execute("SELECT episode_id, site FROM episodes").fetchall())
     return np.array([of[episode] for episode in replay.episode_ids], object)
+
+
+def write_back(
+    cfg: DictConfig, store: Store, db: duckdb.DuckDBPyConnection, run: Run, replay: Replay, tokens: Tokens,
+    mine: Estimates, setting: Setting, extra: Mapping[str, float],
+) -> tuple[dict[str, dict[str, float]], dict[str, Measured], list[Alarm]]:  # fmt: skip
+    """Write a run's values beside the steps, and judge them; what is compared of them, and its alarms.
+
+    Args:
+        extra: numbers of the run's critic that were measured elsewhere.
+    """
+    algo = setting.algo
+    store.append("values", values(run.run_id, replay, tokens, mine, algo.gamma))
+    store.append("candidate_values", candidate_values(db, run.run_id, replay, tokens, mine))
+    said = {setting.name: mine, **(without_features(replay) if cfg.baselines else {})}
+    site = sites(db, replay)
+    table = compare(store, run.run_id, replay, tokens, said, gamma=algo.gamma, extra=extra, site=site)
+    of_logs = log_alarms(db, replay, tokens)
+    compared, raised = critic_alarms(
+        store, run.run_id, replay, tokens, said, table, of_logs, estimand=algo.estimand
+    )  # fmt: skip
+    return table, compared, raised
 
 
 def say_alarms(runs: list[Run], alarms: list[list[Alarm]]) -> None:

@@ -21,6 +21,7 @@ from offline_lm.batches.replay import Replay
 from offline_lm.batches.tokens import Tokens
 from offline_lm.errors import UserError
 from offline_lm.models.batching import Outcomes
+from offline_lm.models.descent import rate_share
 from offline_lm.models.features import Features
 from offline_lm.models.heads import Heads, polyak, target_of
 from offline_lm.models.whitening import best_floor
@@ -85,7 +86,7 @@ class Learner:
             batch = replace(batch, **self.outcomes.of(rows, batch.states.device))
         if self.weights is not None:
             batch = replace(batch, weight=self.weights[torch.from_numpy(rows).to(self.weights.device)])
-        share = min(1.0, step / max(self.optim.warmup, 1), 1.05 - step / self.optim.steps)
+        share = rate_share(step, self.optim.steps, self.optim.warmup)
         self.optimizer.param_groups[0]["lr"] = self.optim.lr * share
         algo = self.on_returns if step <= self.optim.critic_first * self.optim.steps else self.algo
         self.losses = algo.loss(self.heads, self.target, batch)
@@ -117,6 +118,7 @@ def train(
     optim: DictConfig,
     seed: int,
     batches: Iterator[Array] | None = None,
+    steps: range | None = None,
 ) -> tuple[int, bool]:
     """The training loop: `optim.steps` batches, drawn with `seed`, each of which updates every learner.
 
@@ -124,6 +126,7 @@ def train(
 
     Args:
         batches: rows of each update; whole episodes of `optim.batch_size` steps together if not given.
+        steps: of the updates 1 to `optim.steps`, those that are done now; all if not given.
 
     Returns:
         Updates done, and whether that is all of them.
@@ -131,9 +134,10 @@ def train(
     for learner in learners:
         learner.train()
     batches = batches or replays.episode_batches(replay, optim.batch_size, seed)
-    step = 0
+    steps = range(1, optim.steps + 1) if steps is None else steps
+    step = steps.start - 1
     try:
-        with tqdm(range(1, optim.steps + 1), "train", unit="update") as bar:
+        with tqdm(steps, "train", unit="update") as bar:
             for step in bar:
                 rows = next(batches)
                 batch = make(rows)

@@ -19,7 +19,7 @@ from offline_lm import _collect_policies as policies
 from offline_lm import cli
 from offline_lm._collect_commit import Committer
 from offline_lm._collect_rollout import SOURCE, Batcher, Plan, Setting, collect
-from offline_lm.envs import browser, miniwob, scripted, sites, text
+from offline_lm.envs import browser, browsergym, miniwob, scripted, sites, text
 from offline_lm.envs.protocol import Environment, Lost
 from offline_lm.errors import UserError
 from offline_lm.store import Store
@@ -47,10 +47,9 @@ def command(cfg: DictConfig, stopped: list[int]) -> dict[str, Any]:
             raise UserError(f"{key}={cfg[key]}: a whole number from {least} is wanted")
     if cfg.max_steps is not None and (type(cfg.max_steps) is not int or cfg.max_steps < 1):
         raise UserError(f"max_steps={cfg.max_steps}: a whole number from 1, or null, is wanted")
-    policy = policies.named(cfg.policy, epsilon=cfg.epsilon, temperature=cfg.temperature, store=cfg.store, env=cfg.env)
+    policy = policies.named(cfg.policy, **policies.Settings.of(cli.plain(cfg)))
     store = Store.create(cfg.store)
-    sampling = {"temperature": cfg.temperature, "seed": cfg.seed} if cfg.policy.startswith("run:") else None
-    setting = Setting(policy, cfg.max_steps, cfg.dataset, sampling)
+    setting = Setting(policy, cfg.max_steps, cfg.dataset)
     return asyncio.run(_run(cfg, store, setting, stopped))
 
 
@@ -126,8 +125,12 @@ async def _environments(cfg: DictConfig) -> AsyncIterator[tuple[list[Environment
     elif cfg.env.startswith("gym:"):
         envs = [text.TextGym(cfg.env.removeprefix("gym:")) for _ in range(cfg.pages)]
         tasks = list(envs[0].tasks)
+    elif cfg.env.startswith(browsergym.PREFIX):
+        browsergym.find_pages(cfg.miniwob_html)
+        envs = [_browsergym(cfg) for _ in range(cfg.pages)]
+        tasks = list(envs[0].tasks)
     else:
-        raise UserError(f"env={cfg.env}: there are miniwob, {', '.join(sites.TASKS)} and gym:ID")
+        raise UserError(f"env={cfg.env}: there are miniwob, {', '.join(sites.TASKS)}, gym:ID and browsergym/TASK_ID")
     try:
         yield envs, tasks, session
     finally:
@@ -135,6 +138,13 @@ async def _environments(cfg: DictConfig) -> AsyncIterator[tuple[list[Environment
             await env.close()
         if session is not None:
             await session.close()
+
+
+def _browsergym(cfg: DictConfig) -> browsergym.BrowserGym:
+    """With Playwright's own Chromium, or the one that chromium= names."""
+    own = {} if cfg.chromium is None else {"executable_path": browser.find_chromium(cfg.chromium)}
+    sandbox = {"chromium_sandbox": bool(cfg.sandbox)}
+    return browsergym.BrowserGym(cfg.env.removeprefix(browsergym.PREFIX), pw_chromium_kwargs=own | sandbox)
 
 
 def _count(tasks: Any) -> bool:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from offline_lm import cli
 from offline_lm._fit_actor import fit_actor
+from offline_lm._fit_archer import fit_archer
 from offline_lm._fit_checks import checked
 from offline_lm._fit_ilql import fit_ilql
 from offline_lm._fit_memory import Peaks
@@ -33,6 +34,7 @@ from offline_lm._fit_train import (
     without_features,
 )
 from offline_lm.algos.actor import Actor
+from offline_lm.algos.archer import Archer
 from offline_lm.algos.d3rlpy import D3rlpy
 from offline_lm.algos.ilql import ILQL
 from offline_lm.algos.q_mc import QMC
@@ -55,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def fit(cfg: DictConfig) -> dict[str, Any]:
     settings = settings_of(cfg)
     device, *_ = [checked(setting.cfg) for setting in settings]
+    if isinstance(settings[0].algo, Archer):
+        return fit_archer(cfg, settings[0].algo, settings[0].name, device)
     if isinstance(settings[0].algo, Actor):
         return fit_actor(cfg, settings[0].algo, settings[0].name, device, fit)
     if isinstance(settings[0].algo, ILQL):

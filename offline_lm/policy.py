@@ -17,15 +17,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
 
 from offline_lm.batches.render import frame
 from offline_lm.batches.tokens import Tokens, encode, tokenize
+from offline_lm.envs.policies import greedy
 from offline_lm.errors import UserError
-from offline_lm.models import acting, backbone, token_heads
+from offline_lm.losses.ilql import perturbed_logprobs
+from offline_lm.losses.td import ensemble_min
+from offline_lm.models import acting, backbone, generation, token_heads
 from offline_lm.models.acting import Chosen
 from offline_lm.models.critic import Critic, find_run_folder, state_row
 from offline_lm.models.devices import row_tokens
+from offline_lm.models.generation import Response
 from offline_lm.models.token_heads import TokenHeads
 
 Array = np.ndarray
@@ -39,7 +42,7 @@ class Choice:
     Attributes:
         action: the response chosen, a text.
         logprob: its log-probability among `actions`; of a single sample, under the model.
-        actions: all that it chose from.
+        actions: all that it chose from, each once.
         logprobs: of each of them.
         values: Q of each, where a critic was asked.
     """
@@ -85,7 +88,23 @@ class Policy:
         Raises:
             UserError: a state without candidates, or too long to read.
         """
-        asked = list(states)
+        tokens, out = self._token_logprobs(list(states), token_budget)
+        sums = acting.of_responses(tokens, np.arange(len(tokens.response_ptr) - 1), out)
+        return [sums[tokens.candidate_branch[a:b]] for a, b in pairwise(tokens.candidate_ptr.tolist())]
+
+    def token_logprobs(self, states: Iterable[dict[str, Any]]) -> list[tuple[list[int], list[Response]]]:
+        """As `logprobs`, token by token: of each state the ids of its prompt, and of each candidate (ids, logprobs)."""
+        tokens, out = self._token_logprobs(list(states), None)
+        ptr = tokens.response_ptr
+        said = [Response(tokens.response(a).tolist(), out[ptr[a] : ptr[a + 1]].tolist()) for a in range(len(ptr) - 1)]
+        return [
+            (tokens.prompt(n).tolist(), [said[b] for b in tokens.candidate_branch[slice(*own)]])
+            for n, own in enumerate(pairwise(tokens.candidate_ptr.tolist()))
+        ]
+
+    @torch.no_grad()
+    def _token_logprobs(self, asked: list[dict[str, Any]], token_budget: int | None) -> tuple[Tokens, Array]:
+        """log pi of every token of the responses of `Tokens`, float64, end to end."""
         for number, state in enumerate(asked):
             if not state.get("candidates"):
                 raise UserError(f"input record {number}: it needs `candidates` to choose from")
@@ -93,18 +112,16 @@ class Policy:
         # states that begin alike stand together, so that what they share is encoded once
         order = np.array(sorted(range(len(tokens)), key=lambda n: tokens.prompt(n).tobytes()), np.int64)
         responses = [list(range(int(tokens.branch_ptr[n]), int(tokens.branch_ptr[n + 1]))) for n in order]
-        out = np.zeros(len(tokens.response_ptr) - 1)
+        every, out = np.arange(len(tokens.response_ptr) - 1), np.zeros(len(tokens.response_ids))
         budget = token_budget or row_tokens(next(self.model.parameters()).device)
-        with torch.no_grad():
-            for part in Chosen(order, responses).rows(tokens, budget):
-                if self.heads is None:
-                    found, _ = acting.response_logprobs(self.model, tokens, part)
-                else:
-                    beta = self.config["ilql"]["beta"]
-                    found = token_heads.response_logprobs(self.model, self.heads, tokens, part, beta=beta)
-                first = np.r_[0, np.cumsum(acting.lengths(tokens, part.branches))[:-1]].astype(np.int64)
-                out[part.branches] = np.add.reduceat(found.double().cpu().numpy(), first)
-        return [out[tokens.candidate_branch[a:b]] for a, b in pairwise(tokens.candidate_ptr.tolist())]
+        for part in Chosen(order, responses).rows(tokens, budget):
+            if self.heads is None:
+                found, _ = acting.response_logprobs(self.model, tokens, part)
+            else:
+                beta = self.config["ilql"]["beta"]
+                found = token_heads.response_logprobs(self.model, self.heads, tokens, part, beta=beta)
+            out[acting.spans(tokens, part.branches, every)] = found.double().cpu().numpy()
+        return tokens, out
 
     def _tokens(self, states: list[dict[str, Any]]) -> Tokens:
         shown = self.config["history"] if self.config["context"] == "actions" else None
@@ -128,44 +145,40 @@ class Policy:
             UserError: a state too long to read.
         """
         drawn = self.sample_ids(state, n, temperature=temperature, max_tokens=max_tokens, seed=seed)
-        end = self._end
-        kept = [(ids[: -len(end)] if ids[-len(end) :] == end else ids, logprob) for ids, logprob in drawn]
-        return [(self.tokenizer.decode(ids), logprob) for ids, logprob in kept]
+        return [(self.text(ids), logprob) for ids, logprob in drawn]
 
-    @property
-    def _end(self) -> list[int]:
-        """What closes a response, as it was trained on."""
-        return encode(self.tokenizer, [end := frame(self.tokenizer).end], special=True)[end]
+    def text(self, ids: list[int]) -> str:
+        """What a response says, without what closes it."""
+        end = end_of(self.tokenizer)
+        return self.tokenizer.decode(ids[: -len(end)] if ids[-len(end) :] == end else ids)
 
     def sample_ids(
         self, state: dict[str, Any], n: int, *, temperature: float = 1.0, max_tokens: int = 256, seed: int = 0
     ) -> list[tuple[list[int], float]]:
         """As `sample`, the token ids of the responses: what is exact, since a text may have others."""
-        prompt = self._tokens([state]).prompt(0).astype(np.int64)
-        ids = torch.from_numpy(prompt)[None].to(next(self.model.parameters()).device)
-        end = self._end[-1]
-        # of our own, since a checkpoint's may penalise repetitions or cut the tail, and scores would not be the model's
-        plain = GenerationConfig(
-            do_sample=True, top_k=0, top_p=1.0, output_scores=True, return_dict_in_generate=True, eos_token_id=end,
-            pad_token_id=end,
-        )  # fmt: skip
-        packed = self.model.config._attn_implementation
-        self.model.set_attn_implementation("sdpa")  # a cache of keys is filled as no packed row is
-        try:
-            with torch.random.fork_rng(), torch.no_grad():
-                torch.manual_seed(seed)
-                out = self.model.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), temperature=temperature,
-                    num_return_sequences=n, max_new_tokens=max_tokens, generation_config=plain,
-                )  # fmt: skip
-        finally:
-            self.model.set_attn_implementation(packed)
-        said = out.sequences[:, ids.shape[1] :]
-        scores = torch.stack(out.scores, dim=1).double().log_softmax(-1).gather(-1, said[..., None])[..., 0]
-        ends = (said == end).long()
-        within = ends.cumsum(-1) - ends == 0  # up to the first end, itself included
-        logprobs = scores.where(within, 0.0).sum(-1).tolist()
-        return [(row[own].tolist(), p) for row, own, p in zip(said, within, logprobs, strict=True)]
+        options: Any = {"temperature": temperature, "max_tokens": max_tokens}
+        (drawn,) = self.generate(self.prompts([state]), n, [np.random.default_rng(seed)], **options)
+        return [(each.ids, each.logprob) for each in drawn]
+
+    def prompts(self, states: Iterable[dict[str, Any]]) -> list[list[int]]:
+        """Token ids of what stands before a response. Raises UserError for a state too long to read."""
+        tokens = self._tokens(list(states))
+        return [tokens.prompt(n).tolist() for n in range(len(tokens))]
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], n: int, rngs: Sequence[np.random.Generator], **options: Any
+    ) -> list[list[Response]]:
+        """`n` responses to each prompt; arguments and options as of `models.generation.generate`."""
+        scores = None if self.heads is None else self._perturbed
+        return generation.generate(
+            self.model, prompts, n, rngs, end=end_of(self.tokenizer)[-1], scores=scores, **options
+        )
+
+    def _perturbed(self, logits: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Scores of ILQL's policy, as `token_heads.response_logprobs` has them."""
+        assert self.heads is not None
+        beta = self.config["ilql"]["beta"] / self.heads.unit
+        return perturbed_logprobs(logits.float(), ensemble_min(self.heads.q(hidden)), beta=beta)
 
     def act(
         self,
@@ -188,8 +201,9 @@ class Policy:
             actions, logprobs = map(list, zip(*drawn, strict=True))
             best = int(np.argmax(logprobs))
             return Choice(actions[best], logprobs[best], actions, logprobs)
-        (logprobs,) = self.logprobs([{**state, "candidates": list(asked)}])
-        return _chosen([_text(c) for c in asked], logprobs, temperature, seed)
+        different, actions = _different(asked)
+        (logprobs,) = self.logprobs([{**state, "candidates": different}])
+        return _chosen(actions, logprobs, temperature, seed)
 
 
 class Reranker:
@@ -202,6 +216,10 @@ class Reranker:
         if not critic.config["has_q"]:
             raise UserError("a critic without Q cannot choose: train one such as algo=iql_lm")
         self.critic, self.proposer = critic, proposer
+
+    def values(self, states: Iterable[dict[str, Any]]) -> list[Array]:
+        """Q of the candidates of each state, float64; all of them are read together."""
+        return [np.array(score.q) for score in self.critic.score(states)]
 
     def act(
         self,
@@ -223,29 +241,34 @@ class Reranker:
         if not asked:
             if self.proposer is None:
                 raise UserError("no candidates to choose from, and no policy to propose them: give `candidates`")
-            asked = list(dict.fromkeys(text for text, _ in self.proposer.sample(state, n, seed=seed)))
-        (score,) = self.critic.score([{**state, "candidates": asked}])
-        q = np.array(score.q)
-        return replace(_chosen([_text(c) for c in asked], q, temperature, seed), values=q.tolist())
+            asked = [text for text, _ in self.proposer.sample(state, n, seed=seed)]
+        different, actions = _different(asked)
+        (q,) = self.values([{**state, "candidates": different}])
+        return replace(_chosen(actions, q, temperature, seed), values=q.tolist())
 
 
 def _chosen(actions: list[str], scores: Array, temperature: float, seed: int) -> Choice:
     """Drawn from softmax(scores / temperature); at 0 the first of the best."""
-    if temperature:
-        among = log_softmax(scores / temperature)
-    else:
-        among = np.where(np.arange(len(scores)) == np.argmax(scores), 0.0, -np.inf)
-    chosen = int(np.random.default_rng(seed).choice(len(actions), p=np.exp(among)))
+    p = greedy(scores, temperature)
+    with np.errstate(divide="ignore"):
+        among = np.log(p)
+    chosen = int(np.random.default_rng(seed).choice(len(actions), p=p))
     return Choice(actions[chosen], float(among[chosen]), actions, among.tolist())
 
 
-def _text(candidate: Any) -> str:
-    return candidate if isinstance(candidate, str) else candidate["action"]
+def _different(candidates: Sequence[Any]) -> tuple[list[Any], list[str]]:
+    """The candidates and their actions, without those that say what another says: they would double its probability."""
+    out: dict[tuple[str, str], Any] = {}
+    for c in candidates:
+        action = c if isinstance(c, str) else c["action"]
+        said = action if isinstance(c, str) or c.get("response") is None else c["response"]
+        out.setdefault((action, said), c)
+    return list(out.values()), [action for action, _ in out]
 
 
-def log_softmax(x: Array) -> Array:
-    shifted = x - x.max()
-    return shifted - np.log(np.exp(shifted).sum())
+def end_of(tokenizer: Any) -> list[int]:
+    """What closes a response, as policies are trained on it; where they sample, its last token ends one."""
+    return encode(tokenizer, [end := frame(tokenizer).end], special=True)[end]
 
 
 def save_policy(folder: Path, model: Any, tokenizer: Any, config: dict[str, Any]) -> None:

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 JSON = dict[str, Any]
 
-Estimand = Literal["returns", "behaviour", "expectile", "optimum"]
+Estimand = Literal["returns", "behaviour", "expectile", "optimum", "actor"]
 """What a critic's equations converge to on endless logs. returns: the mean return behind a state, which mixes the
 values of the policies that logged it; behaviour: the value of the mixed policy, which bootstrapping finds, since it
-forgets who acted; expectile: the fixed point of IQL; optimum: the value of the best policy. Of a conservative critic:
-what it would converge to without the penalty."""
+forgets who acted; expectile: the fixed point of IQL; optimum: the value of the best policy; actor: that of the policy
+that is trained with it. Of a conservative critic: what it would converge to without the penalty."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,6 +208,8 @@ class Batch:
     bootstrap_mask: Bool[Tensor, " n"]
     weight: Float[Tensor, " n"] | None = None
     """of each step in the means of losses, where sampling was biased (`batches.sampling`); None: all alike"""
+    candidate_weight: Float[Tensor, " m"] | None = None
+    """pi(candidate | state) of an actor, 0 for all candidates of a state where it is not known; None: no actor"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,3 +262,5 @@ class Responses:
     """the same log-probabilities under the policy that ratios are taken to; those of now where none are"""
     reference: Float[Tensor, " t"]
     """and under the policy as the loss began that looks at it, behind `actor.clone_first`"""
+    proposal: Float[Tensor, " r"] | None = None
+    """how the responses to a state stand for all that could be said (`losses.expectations`); None: they are all"""

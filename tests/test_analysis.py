@@ -80,6 +80,9 @@ def store(tmp_path_factory):
         figures |= {"sign_accuracy": sign, "correlation": 0.8}
         key = json.dumps({"horizon": 5, "method": "td", "critic": "exact", "lam": 0, "seed": seed})
         store.append("diagnostics", [about | {"name": k, "value": v, "extra": key} for k, v in figures.items()])
+    about = {"run_id": "loop-s0", "suite": "loop", "group": "online", "split": "unseen"}
+    about["extra"] = json.dumps({"round": 1, "run": "new", "critic": "new"})
+    store.append("diagnostics", [about | {"name": "success", "value": 0.5, "low": 0.4, "high": 0.6, "n": 100}])
     return store
 
 
@@ -118,6 +121,7 @@ def test_all_questions_are_there():
         "credit.sql",
         "decisive_steps.sql",
         "log_quality.sql",
+        "loop.sql",
         "mid_episode_auc.sql",
         "where_value_was_lost.sql",
     ]

@@ -10,17 +10,19 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import pytest
 
+from offline_lm import _collect_models as models
 from offline_lm import collect
+from offline_lm._collect_policies import named
 from offline_lm._collect_rollout import Batcher, Plan, Setting, play
 from offline_lm._collect_rollout import collect as collect_episodes
 from offline_lm.envs import sites
 from offline_lm.envs.policies import Chooser, State, uniform
 from offline_lm.envs.protocol import Lost, Page, Transition
+from offline_lm.envs.written import Judge
 from offline_lm.store import Store
 from offline_lm.types import Episode
 
@@ -137,37 +139,41 @@ def test_a_gymnasium_game(run):
     assert {row[9] for row in rows} <= {"0", "1", "2", "3", None}
 
 
-def test_reranking_by_a_run_of_fit(run, monkeypatch):
+def test_reranking_by_a_critic(run, monkeypatch):
     """A critic whose Q is the true one earns what the best policy earns; its scores are logged."""
-    from offline_lm import _collect_policies
-    from offline_lm.models import critic
-
-    class Knowing:
-        config = MappingProxyType({"has_q": True})
-
-        @classmethod
-        def from_pretrained(cls, folder):
-            return cls()
-
-        def score(self, states):
-            for state in states:
-                (mdp,) = [m for m in tasks if m.goal == state["goal"]]
-                s = mdp.pages.index(state["observation"])
-                assert list(state["candidates"]) == mdp.actions[s]
-                yield critic.Score(0.0, mdp.optimal(0.9)[1][s, : len(mdp.actions[s])].tolist())
-
     tasks = [sites.named(f"shop0/{n}") for n in range(3)]
-    monkeypatch.setattr(critic, "Critic", Knowing)
-    monkeypatch.setattr(critic, "find_run", lambda run, store: Path("runs", run))
-    assert run("env=shop", "policy=run:best", "episodes=3", "tasks=3", "store=a")["success"] == 1.0
+
+    def values(states):
+        return [value(state) for state in states]
+
+    def value(state):
+        (mdp,) = [m for m in tasks if m.goal == state["goal"]]
+        s = mdp.pages.index(state["observation"])
+        assert list(state["candidates"]) == mdp.actions[s]
+        return mdp.optimal(0.9)[1][s, : len(mdp.actions[s])]
+
+    monkeypatch.setattr(models, "kind_of", lambda run, store: (Path("runs", run), "critic"))
+    monkeypatch.setattr(models, "judge", lambda *_: Judge("best", "best@0", "actions", values))
+    assert run("env=shop", "policy=run:best", "episodes=3", "tasks=3", "store=a", "epsilon=0.0")["success"] == 1.0
     with Store.open("a").connect() as db:
-        assert db.execute("SELECT DISTINCT policy_id, policy_kind FROM episodes").fetchall() == [("q-best", "search")]
+        found = db.execute(
+            "SELECT DISTINCT policy_id, policy_kind, model, sampling.temperature FROM episodes"
+        ).fetchall()
         rows = db.execute("SELECT candidates, behavior_logprob FROM steps WHERE action IS NOT NULL").fetchall()
+    assert found == [("q-best", "search", "best@0", 0.0)]
     for candidates, logprob in rows:
         best = max(candidates, key=lambda c: c["score"])
         assert (best["executed"], logprob) == (True, 0.0)
-    q = _collect_policies.named("run:best", epsilon=0.5, temperature=0.1, store="a", env="shop")
+    q = named("run:best", epsilon=0.5, temperature=0.1, store="a", env="shop")
     assert q.policy_id == "q-best-t0.1-eps0.5"
+    assert q.sampling == {"over": "candidates", "epsilon": 0.5, "temperature": 0.1}
+
+
+def test_what_a_mixture_draws_from_is_logged(run):
+    run("env=shop", "policy=random", "episodes=1", "store=a", "seed=3")
+    with Store.open("a").connect() as db:
+        rows = db.execute("SELECT model, sampling.seed, extra ->> '$.sampling.epsilon' FROM episodes").fetchall()
+    assert rows == [(None, 3, "0.0")]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +182,8 @@ def test_reranking_by_a_run_of_fit(run, monkeypatch):
         ((), "env= must be given"),
         (("env=nope",), "env=nope: there are miniwob, shop"),
         (("env=shop", "policy=best"), "policy=best: there are random, scripted, run:RUN"),
-        (("env=shop", "policy=scripted", "epsilon=2"), "epsilon=2"),
+        (("env=shop", "policy=scripted", "epsilon=2"), "epsilon=2: a chance from 0 to 1"),
+        (("env=shop", "policy=random", "n=4"), "policy=random writes none"),
         (("env=shop", "policy=scripted"), "its rules are for env=miniwob, not env=shop"),
         (("env=shop", "episodes=0"), "episodes=0: a whole number from 1"),
         (("env=shop", "tasks=[house/1]"), "house/1: not the name of a task"),

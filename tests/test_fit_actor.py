@@ -144,6 +144,29 @@ def test_an_actor_is_not_swept(store, capsys):
     assert "--multirun" in capsys.readouterr().err
 
 
+def test_the_latest_critic_is_the_newest_run_with_values(store, critic, capsys):
+    newer = run(store, capsys, "algo=iql_lm", "algo.tau=0.6")["run_id"]
+    assert run(store, capsys, "algo=bc", "actor.steps=1")["critic_run"] is None  # an actor's run, finished last
+    assert run(store, capsys, "algo=awr", "actor.critic=latest", "actor.steps=1")["critic_run"] == newer != critic
+
+
+def test_latest_without_any_values_is_told(tmp_path, capsys):
+    (tmp_path / "shop.jsonl").write_bytes(b"\n".join(orjson.dumps(e) for e in record([Task(Site.draw(3), 0)], 2)))
+    assert ingest.main([f"path={tmp_path / 'shop.jsonl'}", f"store={tmp_path / 'store'}"]) == 0
+    assert fit.main([f"data.store={tmp_path / 'store'}", *SMALL, "algo=awr", "actor.critic=latest"]) == 2
+    assert "actor.critic=latest: no finished run has values" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["run:nothing", "/no/such/folder"])
+def test_a_policy_to_begin_with_is_looked_for_before_the_critic_trains(store, capsys, path):
+    db = offline_lm.connect(store)
+    before = db.execute("SELECT count(*) FROM runs").fetchall()
+    assert fit.main([f"data.store={store}", *SMALL, "algo=awr", f"actor.path={path}"]) == 2
+    told = capsys.readouterr().err
+    assert "no run `nothing`" in told or "actor.path=/no/such/folder: no causal language model" in told
+    assert offline_lm.connect(store).execute("SELECT count(*) FROM runs").fetchall() == before
+
+
 def test_a_critic_without_these_steps_is_refused(store, capsys):
     assert fit.main([f"data.store={store}", *SMALL, "algo=awr", "actor.critic=nothing"]) == 2
     assert "nothing" in capsys.readouterr().err

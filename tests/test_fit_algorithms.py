@@ -25,8 +25,8 @@ SMALL = [
     *("baselines=false", "json=true"),
 ]
 ALL = sorted(file.stem for file in (CONF / "algo").glob("*.yaml"))
-ACTORS = {"archer_ppo", "awr", "bc", "best_of_n", "filtered_bc", "gigpo", "grpo", "ilql", "ppo", "reinforce"}
-ALGOS = [name for name in ALL if name not in {"d3rlpy", *ACTORS}]  # test_fit_actor and test_fit_ilql have the others
+ACTORS = {"archer", "archer_ppo", "awr", "bc", "best_of_n", "filtered_bc", "gigpo", "grpo", "ilql", "ppo", "reinforce"}
+ALGOS = [name for name in ALL if name not in {"d3rlpy", *ACTORS}]  # test_fit_actor, _archer, _ilql have the others
 OF_STATES = {"critic_mc", "critic_td"}
 
 

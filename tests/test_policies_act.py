@@ -9,6 +9,7 @@ from offline_lm.errors import UserError
 from offline_lm.models import backbone
 from offline_lm.models.critic import Critic
 from offline_lm.models.heads import Heads
+from offline_lm.models.token_heads import TokenHeads
 from offline_lm.policy import Policy, Reranker
 
 STATE = {"goal": "Buy a red mug", "observation": "Welcome to the shop. red mug, blue mug, lamp"}
@@ -54,6 +55,25 @@ def test_samples_have_the_log_probabilities_of_the_model_at_their_temperature(po
     ]
 
 
+def test_ilql_writes_by_the_probabilities_that_it_chooses_by(policy):
+    """Samples are drawn from the perturbed tokens, as candidates are scored, not from the model underneath."""
+    torch.manual_seed(0)
+    heads = TokenHeads(32, policy.model.config.vocab_size, hidden=8)
+    with torch.no_grad():
+        for layer in heads.outer:
+            layer.weight.mul_(30)  # pyright: ignore
+    ilql = Policy(policy.model, policy.tokenizer, {**CONFIG, "ilql": {"beta": 4.0}}, heads)
+    compared = 0
+    for ids, logprob in ilql.sample_ids(STATE, 60, max_tokens=6, seed=1):
+        text = ilql.text(ids)
+        if ilql._tokens([{**STATE, "candidates": [text]}]).response(0).tolist() == ids:  # spelt as it is read
+            state = [{**STATE, "candidates": [text]}]
+            assert logprob == pytest.approx(ilql.logprobs(state)[0][0], abs=1e-3)
+            assert abs(logprob - policy.logprobs(state)[0][0]) > 0.1
+            compared += 1
+    assert compared
+
+
 def test_a_free_action_is_the_likeliest_of_its_samples(policy):
     choice = policy.act(STATE, n=3, seed=1)
     assert choice.logprob == max(choice.logprobs)
@@ -81,6 +101,19 @@ def test_a_critic_chooses_what_it_values_most(policy):
     assert set(best_of.actions) == proposed
     assert best_of.values is not None
     assert best_of.action == best_of.actions[int(np.argmax(best_of.values))]
+
+
+def test_a_candidate_that_is_named_twice_is_no_likelier(policy):
+    once = policy.act(STATE, ["click[red mug]", "back", "click[lamp]"])
+    said = ["click[red mug]", "back", {"action": "back"}, "click[lamp]", "back"]
+    twice = policy.act(STATE, said)
+    assert twice.actions == once.actions
+    np.testing.assert_allclose(twice.logprobs, once.logprobs, atol=1e-4)
+    reasons = [{"action": "back", "response": "click[lamp]"}, "back"]  # one command, said in two ways: both count
+    assert policy.act(STATE, reasons).actions == ["back", "back"]
+    torch.manual_seed(0)
+    critic = Critic(policy.model, policy.tokenizer, Heads(32), {**CONFIG, "has_q": True})
+    assert Reranker(critic).act(STATE, said, temperature=10.0).actions == once.actions
 
 
 def test_what_cannot_be_chosen_is_said(policy):

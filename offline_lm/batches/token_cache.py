@@ -74,6 +74,7 @@ def cached(
     max_tokens: int,
     history: int,
     context: str,
+    grounding: bool = False,
 ) -> Tokens:
     """The tokens of these episodes, memory-mapped; what no cache under `root` holds yet is made and kept there.
 
@@ -94,7 +95,7 @@ def cached(
         folder.parent.mkdir(parents=True, exist_ok=True)
         earlier, at = _earlier(folder.parent, contents, np.diff(offsets))
         missing = [e for e, row in zip(episodes, at.tolist(), strict=True) if row < 0]
-        options = {"max_tokens": max_tokens, "history": history, "context": context}
+        options = {"max_tokens": max_tokens, "history": history, "context": context, "grounding": grounding}
         with tempfile.TemporaryDirectory(prefix="partial-", dir=folder.parent) as scratch:
             new, whole = Path(scratch) / "new", Path(scratch) / "whole"
             if earlier is None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from offline_lm.batches import render
+from offline_lm.batches.grounding import elements, note
 
 Array = np.ndarray
 
@@ -160,13 +161,21 @@ def tokenize(
     max_tokens: int = 1024,
     history: int = 4,
     context: str = "actions",
+    grounding: bool = False,
 ) -> Tokens:
     """Render and tokenise steps, which come in episode order; see `tokenized_parts`."""
-    return Tokens.joined(tokenized_parts(steps, tokenizer, max_tokens=max_tokens, history=history, context=context))
+    options = {"max_tokens": max_tokens, "history": history, "context": context, "grounding": grounding}
+    return Tokens.joined(tokenized_parts(steps, tokenizer, **options))
 
 
 def tokenized_parts(
-    steps: Iterable[dict[str, Any]], tokenizer: Any, *, max_tokens: int, history: int, context: str
+    steps: Iterable[dict[str, Any]],
+    tokenizer: Any,
+    *,
+    max_tokens: int,
+    history: int,
+    context: str,
+    grounding: bool = False,
 ) -> Iterator[Tokens]:
     """Tokens of consecutive steps, some hundred at a time; at least one part, which may be empty.
 
@@ -178,11 +187,14 @@ def tokenized_parts(
             counted, the page that is read, and so V, would depend on which candidates are on offer.
         history: how many past actions a prompt shows, where context is `actions`.
         context: what a prompt shows of the past, `actions` or whole `turns` (see `render`).
+        grounding: whether a response is read with the line of the page that its action names (see `grounding`): for
+            critics. What a policy is to say is its response alone.
 
-    Stored token ids are taken verbatim where a step has them and was logged with this tokenizer. A special token
+    Stored token ids are taken verbatim where a step has them and was logged with this tokenizer (those of a response
+    only where nothing is read behind it). A special token
     that a page, goal or response spells out is tokenised as plain text: only the frame's own markers are special.
     """
-    frame = render.frame(tokenizer)
+    frame, name = render.frame(tokenizer), tokenizer_id(tokenizer)
     marks = encode(tokenizer, (frame.before, frame.after, frame.end), special=True)
     before, after, end = (marks[text] for text in (frame.before, frame.after, frame.end))
     kind = np.uint32 if len(tokenizer) > 2**16 else np.uint16
@@ -192,9 +204,11 @@ def tokenized_parts(
     empty = True
     for chunk in chunks(steps, _CHUNK_STEPS, _CHUNK_TEXT):
         empty = False
-        ids = encode(tokenizer, (text for row in chunk for text in _texts(row, past_text, context)))
+        read = [_read(row, grounding) for row in chunk]
+        shown = zip(chunk, read, strict=True)
+        ids = encode(tokenizer, (t for row, options in shown for t in _texts(row, options, past_text, context)))
         part = _Part(kind)
-        for row in chunk:
+        for row, texts in zip(chunk, read, strict=True):
             goal, page = (ids[text] for text in _asked(row))
             if row["episode_id"] != episode:
                 episode = row["episode_id"]
@@ -206,9 +220,9 @@ def tokenized_parts(
             prompt = past.prompt(before, page, goal, after, max_tokens, cuts)
             goal_end = len(prompt or ()) - len(after)
             goal_at = (goal_end - len(goal), goal_end)
-            options = [ids[text] + end for text in _options(row)]
-            own = row["tokenizer_id"] == tokenizer.name_or_path
-            if own and row["response_token_ids"] is not None:
+            options = [ids[text] + end for text in texts]
+            own = row["tokenizer_id"] == name
+            if own and row["response_token_ids"] is not None and texts[0] == _said(row):
                 options[0] = list(row["response_token_ids"])
             if own and row["prompt_token_ids"] is not None and len(row["prompt_token_ids"]) <= max_tokens:
                 prompt, goal_at, cuts = list(row["prompt_token_ids"]), (0, 0), render.Cuts()
@@ -287,10 +301,10 @@ def _brought(row: dict[str, Any], context: str) -> Iterator[tuple[str, str]]:
             yield page, earlier.get("action") or earlier["response"]
 
 
-def _texts(row: dict[str, Any], past_text: Callable[[str], str], context: str) -> Iterator[str]:
+def _texts(row: dict[str, Any], options: list[str], past_text: Callable[[str], str], context: str) -> Iterator[str]:
     """All that is tokenised for a step."""
     yield from _asked(row)
-    yield from _options(row)
+    yield from options
     if _said(row) is not None:
         yield past_text(row["action"] or row["response"])
     for page, said in _brought(row, context):
@@ -298,19 +312,26 @@ def _texts(row: dict[str, Any], past_text: Callable[[str], str], context: str) -
         yield past_text(said)
 
 
+def _read(row: dict[str, Any], grounding: bool) -> list[str]:
+    """The responses at a step, as they are read."""
+    named = elements(row["observation"] or "") if grounding else {}
+    return [text + note(action, named) for text, action in _options(row).items()]
+
+
 def _said(row: dict[str, Any]) -> str | None:
     """What the agent emitted: its whole response where that was logged, else the command."""
     return row["response"] if row["response"] is not None else row["action"]
 
 
-def _options(row: dict[str, Any]) -> list[str]:
-    """Distinct texts of the responses at a step: the executed one first, then the other candidates'."""
+def _options(row: dict[str, Any]) -> dict[str, str]:
+    """Distinct responses at a step, the executed one first, then the other candidates, each with its action."""
     said = _said(row)
-    texts = {} if said is None else {said: None}
+    texts = {} if said is None else {said: row["action"] or said}
     for c in row["candidates"] or ():
         if not _executed(c, row):
-            texts.setdefault(c["response"] if c["response"] is not None else c["action"], None)
-    return list(texts)
+            text = c["response"] if c["response"] is not None else c["action"]
+            texts.setdefault(text, c["action"] or text)
+    return texts
 
 
 def _executed(candidate: dict[str, Any], row: dict[str, Any]) -> bool:
@@ -325,6 +346,17 @@ def _candidate_index(row: dict[str, Any]) -> list[int]:
     options = {text: i for i, text in enumerate(_options(row))}
     texts = (c["response"] if c["response"] is not None else c["action"] for c in row["candidates"] or ())
     return [0 if _executed(c, row) else options[t] for c, t in zip(row["candidates"] or (), texts, strict=True)]
+
+
+def tokenizer_id(tokenizer: Any) -> str:
+    """What a step calls the tokenizer whose ids it holds: its hub name; of one in a folder, which may be copied or
+    change, the hash of what it does."""
+    name = tokenizer.name_or_path
+    if name and not Path(name).exists():
+        return name
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return f"sha256:{hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]}"
 
 
 def encode(tokenizer: Any, texts: Iterable[str], *, special: bool = False) -> dict[str, list[int]]:

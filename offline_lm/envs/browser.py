@@ -45,11 +45,11 @@ _SNAPSHOT = Path(__file__).with_name("snapshot.js")
 _STILL = "*,*::before,*::after{transition:none!important;animation:none!important;caret-color:transparent!important}"
 _ZERO = datetime(2024, 1, 1, 12, tzinfo=UTC)
 """The time in every page when it is loaded."""
+# No --disable-features: a second one would undo Playwright's, which holds back what calls home.
 _ARGUMENTS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-    "--disable-features=Translate,OptimizationHints,MediaRouter,NetworkTimeServiceQuerying,AutofillServerCommunication",
     "--force-webrtc-ip-handling-policy=disable_non_proxied_udp",
     # Names are the proxy's to resolve: a link's dns-prefetch would tell them to the network.
     "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",

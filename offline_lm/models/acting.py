@@ -116,3 +116,25 @@ def spans(tokens: Tokens, branches: Array, all_branches: Array) -> Array:
 def owners(sizes: Sequence[int] | Array) -> Array:
     """int64: which of the responses of these lengths each token belongs to."""
     return np.repeat(np.arange(len(sizes)), sizes)
+
+
+def of_responses(tokens: Tokens, branches: Array, logprobs: Array | Tensor) -> Array:
+    """float64 [R]: log pi(a | s) of each of these responses, the sum over its tokens, which lie end to end, [T]."""
+    sizes = lengths(tokens, branches)
+    of_tokens = logprobs.double().cpu().numpy() if isinstance(logprobs, Tensor) else logprobs
+    return np.bincount(owners(sizes), of_tokens, minlength=len(sizes))
+
+
+def distinct(tokens: Tokens) -> tuple[Array, Array]:
+    """int64 [N], [A]: the first state with the same prompt, and the first response to such a one with the same tokens.
+
+    A response stands with the state that stands for its own, so that one pass reads them both.
+    """
+    states, responses = np.zeros(len(tokens), np.int64), np.zeros(len(tokens.response_ptr) - 1, np.int64)
+    seen: dict[bytes, int] = {}
+    said: dict[tuple[int, bytes], int] = {}
+    for n in range(len(tokens)):
+        states[n] = first = seen.setdefault(tokens.prompt(n).tobytes(), n)
+        for a in range(int(tokens.branch_ptr[n]), int(tokens.branch_ptr[n + 1])):
+            responses[a] = said.setdefault((first, tokens.response(a).tobytes()), a)
+    return states, responses

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,14 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as token_models
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.activations import NewGELUActivation
 
 from offline_lm.batches import render
@@ -24,31 +32,47 @@ from offline_lm.paths import READER
 START, END = "<|start|>", "<|end|>"
 
 
-def load(path: str, dtype: str = "auto") -> tuple[Any, Any]:
+def load(path: str, dtype: str = "auto", key: str = "model.path") -> tuple[Any, Any]:
     """Model and tokenizer from a folder or hub name, or the shipped `reader`.
 
     Safetensors only, and never code from the model's repository.
+
+    Args:
+        key: the setting that named it, for messages.
 
     Raises:
         UserError: nothing loadable there, no fast tokenizer, or an architecture that cannot be packed.
     """
     source = located(path)
-    try:
+    with _loading(path, key):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, trust_remote_code=False, use_safetensors=True, attn_implementation=NAME
         )
-    except (OSError, ValueError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise UserError(
-            f"model.path={path}: no causal language model could be loaded ({reason}); give a folder with config.json,"
-            " tokenizer.json and *.safetensors, or a hub name"
-        ) from e
     if tokenizer.eos_token is None:
-        raise UserError(f"model.path={path}: its tokenizer has no end-of-sequence token to end an action with")
+        raise UserError(f"{key}={path}: its tokenizer has no end-of-sequence token to end an action with")
     fuse_gelu(model)
     check_packing(model)
     return model, tokenizer
+
+
+def check(path: str, key: str) -> None:
+    """Raises the UserError that `load` would, where no model is there at all; weights are not read."""
+    with _loading(path, key):
+        AutoConfig.from_pretrained(located(path), trust_remote_code=False)
+        AutoTokenizer.from_pretrained(located(path), trust_remote_code=False)
+
+
+@contextmanager
+def _loading(path: str, key: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise UserError(
+            f"{key}={path}: no causal language model could be loaded ({reason}); give a folder with config.json,"
+            " tokenizer.json and *.safetensors, or a hub name"
+        ) from e
 
 
 def located(path: str) -> str:

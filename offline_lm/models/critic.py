@@ -106,13 +106,15 @@ class Critic:
         return self._score([state_row(state, number, self._shown) for number, state in enumerate(states)], token_budget)
 
     @property
-    def _context(self) -> str:
-        return self.config.get("context", "actions")  # the only one there was when older runs were saved
+    def rendering(self) -> dict[str, Any]:
+        """How `tokenize` is to render steps for it."""
+        older = {"context": "actions", "grounding": False}  # as all was when runs were saved without saying so
+        return {key: {**older, **self.config}[key] for key in ("max_tokens", "history", "context", "grounding")}
 
     @property
     def _shown(self) -> int | None:
         """How many items of its history a state shows at most."""
-        return self.config["history"] if self._context == "actions" else None
+        return self.config["history"] if self.rendering["context"] == "actions" else None
 
     @torch.no_grad()
     def _score(self, steps: list[dict[str, Any]], token_budget: int | None) -> list[Score | None]:
@@ -122,8 +124,7 @@ class Critic:
         nothing: packed rows hold no padding.)
         """
         distinct, asked = _distinct(steps)
-        settings = {key: self.config[key] for key in ("max_tokens", "history")}
-        tokens = tokenize(distinct, self.tokenizer, context=self._context, **settings)
+        tokens = tokenize(distinct, self.tokenizer, **self.rendering)
         order = sorted(range(len(tokens)), key=lambda n: tokens.prompt(n).tobytes())
         asks = self.config["has_q"]
         branches = [range(a, b) if asks else range(0) for a, b in pairwise(tokens.branch_ptr.tolist())]

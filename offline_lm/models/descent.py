@@ -1,4 +1,4 @@
-"""One update of a backbone that is trained: the loss is looked at, then its gradient, and only then is a step taken."""
+"""How weights move: the share of the learning rate at a step, and one update of a backbone that is trained."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ import torch
 from torch import Tensor, nn
 
 
+def rate_share(step: int, steps: int, warmup: int) -> float:
+    """The share of the learning rate at `step` of 1 to `steps`: up in a line over `warmup`, down in one to 0.05."""
+    return min(1.0, step / max(warmup, 1), 1.05 - step / steps)
+
+
 def descend(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], loss: Tensor, *, after: str) -> None:
-    """Step down the gradient of `loss`, whose norm is cut to 1.
+    """Step down the gradient of `loss`, whose norm is cut to 1; both are looked at first.
 
     Args:
         after: how far training has come and what to mend, for the message: "3 updates: lower lr".

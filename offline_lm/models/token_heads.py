@@ -141,35 +141,20 @@ def estimates(
 ) -> tuple[Array, Array]:
     """V [N] at the end of every prompt, and Q [k, A] of every response: of its last token. Equal ones are read once."""
     model.eval()
-    states, responses = _distinct(tokens)
-    distinct = sorted(set(states.tolist()))
-    own: dict[int, list[int]] = {n: [] for n in distinct}
+    states, responses = acting.distinct(tokens)
+    read_at = sorted(set(states.tolist()))
+    own: dict[int, list[int]] = {n: [] for n in read_at}
     owner = np.repeat(states, np.diff(tokens.branch_ptr))
     for a in np.flatnonzero(responses == np.arange(len(responses))).tolist():
         own[int(owner[a])].append(a)
     v = np.zeros(len(states))
     q = np.zeros((heads.ensemble, len(responses)))
-    for part in Chosen(np.array(distinct, np.int64), [own[n] for n in distinct]).rows(tokens, budget):
+    for part in Chosen(np.array(read_at, np.int64), [own[n] for n in read_at]).rows(tokens, budget):
         found = read(model, tokens, part, logits=False, autocast=autocast)
         last = torch.from_numpy(np.cumsum(acting.lengths(tokens, part.branches)) - 1).to(found.taken.device)
         v[part.states] = heads.values(found.states).double().cpu().numpy()
         q[:, part.branches] = heads.q_of(found.tokens[last], found.taken[last]).double().cpu().numpy()
     return v[states], q[:, responses]
-
-
-def _distinct(tokens: Tokens) -> tuple[Array, Array]:
-    """int64 [N], [A]: the first state with the same prompt, and the first response to such a one with the same tokens.
-
-    A response stands with the state that stands for its own, so that one pass reads them both.
-    """
-    states, responses = np.zeros(len(tokens), np.int64), np.zeros(len(tokens.response_ptr) - 1, np.int64)
-    seen: dict[bytes, int] = {}
-    said: dict[tuple[int, bytes], int] = {}
-    for n in range(len(tokens)):
-        states[n] = first = seen.setdefault(tokens.prompt(n).tobytes(), n)
-        for a in range(int(tokens.branch_ptr[n]), int(tokens.branch_ptr[n + 1])):
-            responses[a] = said.setdefault((first, tokens.response(a).tobytes()), a)
-    return states, responses
 
 
 def save(heads: TokenHeads, folder: Path) -> None:

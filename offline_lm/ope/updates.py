@@ -1,10 +1,14 @@
-"""What is wrong with the updates of an actor, in words."""
+"""What the updates of an actor did to the logged responses, and what is wrong with them, in words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from offline_lm.ope.alarms import Alarm
+
+Array = np.ndarray
 
 SILENT = 0.95
 """Share of responses without an advantage, from which on nothing is learnt."""
@@ -14,6 +18,19 @@ KL = 1.0
 """Nats a token, from the policy that ratios are to."""
 FORGOT = 10.0
 """Nats a response of a successful run."""
+
+
+def by_outcome(logprobs: Array, success: Array) -> dict[str, float]:
+    """Mean log-probability of logged responses: of all, of those of successful runs, and of failed ones.
+
+    Args:
+        logprobs: float [R], of each response, the sum over its tokens.
+        success: float [R], of its run: 1, 0, or between or NaN, which is of neither kind.
+    """
+    said = {
+        "logprob_all": logprobs, "logprob_success": logprobs[success == 1], "logprob_failure": logprobs[success == 0],
+    }  # fmt: skip
+    return {name: float(x.mean()) if len(x) else float("nan") for name, x in said.items()}
 
 
 def alarms(

@@ -301,6 +301,29 @@ class Store:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class OpenStore(Store):
+    """A store that keeps what it read of the logs of its tables: of the next commit it reads only what is new.
+
+    For many small commits, such as one an episode: reading a log again is most of what each costs. One thread's alone.
+    """
+
+    tables: dict[str, DeltaTable] = field(default_factory=dict)
+
+    def delta(self, table: str, version: int | None = None) -> DeltaTable:
+        if version is not None:
+            return Store.delta(self, table, version)
+        if table in self.tables:
+            self.tables[table].update_incremental()
+        else:
+            self.tables[table] = Store.delta(self, table)
+        return self.tables[table]
+
+    def _create_table(self, table: str) -> None:
+        if table not in self.tables:
+            Store._create_table(self, table)
+
+
 def _create(table: str, url: str) -> None:
     DeltaTable.create(
         url,

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from offline_lm.batches import render
 from offline_lm.batches.token_cache import write
-from offline_lm.batches.tokens import Tokens, tokenize
+from offline_lm.batches.tokens import Tokens, tokenize, tokenizer_id
 from offline_lm.models.backbone import END, train_tokenizer
 
 CORPUS = [
@@ -274,6 +274,17 @@ def test_the_executed_action_is_first_and_candidates_map_to_their_response(tiny)
     ]
     assert wanted == [[1, 0, 1, 2], [1, 0], [1], [0, 1], [0, 1]]
     assert tokens.acted.tolist() == [True, True, True, True, False]
+
+
+def test_a_tokenizer_in_a_folder_is_called_by_what_it_does(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path / "a")
+    tiny.save_pretrained(tmp_path / "b")
+    a, b = (AutoTokenizer.from_pretrained(tmp_path / name) for name in "ab")
+    assert tokenizer_id(a) == tokenizer_id(b) == tokenizer_id(tiny)
+    b.add_tokens(["another"])
+    assert tokenizer_id(b) != tokenizer_id(a)
+    a.name_or_path = "somebody/model"
+    assert tokenizer_id(a) == "somebody/model"
 
 
 def test_stored_ids_are_taken_verbatim_from_the_same_tokenizer_alone(tiny):

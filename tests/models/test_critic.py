@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from offline_lm.batches.tokens import tokenizer_id
 from offline_lm.errors import UserError
 from offline_lm.models import backbone
 from offline_lm.models import critic as critic_module
@@ -187,7 +188,7 @@ def test_what_differs_in_anything_seen_is_not_merged(critic, encoded):
 
 def test_logged_ids_of_a_response_are_read_as_they_are(shop, critic):
     ids = shop.tokenizer("search[lamp]")["input_ids"]
-    state = {"goal": "Buy a lamp", "observation": PAGE, "action": "back", "tokenizer_id": shop.tokenizer.name_or_path}
+    state = {"goal": "Buy a lamp", "observation": PAGE, "action": "back", "tokenizer_id": tokenizer_id(shop.tokenizer)}
     rows = [state, {**state, "response_token_ids": ids}, {**state, "response_token_ids": ids[:1]}]
     alone = [score for row in rows for score in critic.score([row])]
     close(list(critic.score(rows)), alone)

@@ -1,0 +1,54 @@
+"""What an action acts on that names an element by its number: the element's line of the page.
+
+Recorders number a page's elements, and agents answer `click('17')`. What 17 is, a critic would have to look up across
+the page. So it reads an action with the line that it names, as Mind2Web (Deng et al. 2023) represents candidates by
+their elements.
+"""
+
+from __future__ import annotations
+
+import re
+
+MOST = 120
+"""Characters of a line that are shown."""
+
+_NUMBER = r"[A-Za-z]{0,4}\d{1,6}"
+_LINE = re.compile(
+    rf"""
+      \[(?:ref=|aria-ref=)?({_NUMBER})\]                               # [17], [ref=e17]
+    | \b(?:id|bid|ref|node|index|data-[\w-]+)=(["']?)({_NUMBER})\2(?=[\s/>\],)]|$)    # id="17"
+    | ^\s*[-*]?\s*({_NUMBER})[:.)](?=\s)                               # 17: at the start of a line
+    """,
+    re.VERBOSE,
+)
+_WHOLE = re.compile(rf"""(?:["'\[(=]|ref=)({_NUMBER})(?=["'\]),]|$)""")
+_WORD = re.compile(rf"(?<![\w.])({_NUMBER})(?![\w.])")
+
+
+def elements(page: str) -> dict[str, str]:
+    """Lines of a page by the number that stands in them; numbers in several lines name none."""
+    found: dict[str, str | None] = {}
+    for line in page.split("\n"):
+        for match in _LINE.finditer(line):
+            number = match[1] or match[3] or match[4]
+            found[number] = None if number in found and found[number] != line else line
+    return {number: _shown(line) for number, line in found.items() if line is not None}
+
+
+def note(action: str, named: dict[str, str]) -> str:
+    """What is read behind `action`: the line of the element that it names first; nothing where it names none.
+
+    Args:
+        named: `elements` of the page that it was done on.
+    """
+    if named:
+        for pattern in (_WHOLE, _WORD):  # a number by itself between quotes or brackets, rather than one within a text
+            for match in pattern.finditer(action):
+                if match[1] in named:
+                    return f" # {named[match[1]]}"
+    return ""
+
+
+def _shown(line: str) -> str:
+    line = line.strip()
+    return line if len(line) <= MOST else line[:MOST] + "…"
