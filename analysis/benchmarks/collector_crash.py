@@ -131,7 +131,7 @@ def look(
 
 def rows(store: str) -> dict[str, tuple[Any, ...]]:
     with Store.open(store).connect() as db:
-        return {str(key): rest for key, *rest in db.execute(ROWS).fetchall()}
+        return {str(key): tuple(rest) for key, *rest in db.execute(ROWS).fetchall()}
 
 
 def _descendants(pid: int) -> dict[int, str]:
