@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from offline_lm import cli
 from offline_lm._fit_logged import judged_rows
@@ -21,6 +20,7 @@ from offline_lm._fit_prepare import reading, selected, starting_policy
 from offline_lm._fit_report import say_alarms, say_compared, say_next, say_selected, write_back
 from offline_lm._fit_sweep import Setting
 from offline_lm._fit_train import return_range
+from offline_lm._fit_updates import updated
 from offline_lm.algos.ilql import ILQL, TokenBatch
 from offline_lm.batches import replay as replays
 from offline_lm.batches.replay import Replay
@@ -135,24 +135,16 @@ class _Learner:
 
     def train(self, batches: Any) -> bool:
         """All updates; whether Ctrl-C did not end them."""
-        settings = self.cfg.actor
         self.model.train()
-        try:
-            with tqdm(total=settings.steps, desc="ilql", unit="update") as bar:
-                while self.step < settings.steps:
-                    rows = np.unique(next(batches))  # an episode may be drawn twice
-                    if not (np.asarray(self.tokens.acted) & self.replay.acted)[rows].any():
-                        continue
-                    self.step += 1
-                    logged = self._update(rows)
-                    bar.update()
-                    if self.step % settings.log_every == 0 or self.step == settings.steps:
-                        self.run.log(self.step, logged)
-                        bar.set_postfix({k.removeprefix("loss/"): f"{v:.4f}" for k, v in logged.items()})
-        except KeyboardInterrupt:
-            print(f"interrupted after {self.step} of {settings.steps} updates: keeping what was learnt")
-            return False
-        return True
+
+        def update() -> dict[str, float]:
+            acted, rows = np.asarray(self.tokens.acted) & self.replay.acted, np.empty(0, np.int64)
+            while not acted[rows].any():
+                rows = np.unique(next(batches))  # an episode may be drawn twice
+            self.step += 1
+            return self._update(rows)
+
+        return updated(self, "ilql", update, self.cfg.actor.steps)
 
     def settle(self) -> None:
         """Take the target's weights: what is kept is an average over the last updates, of V, Q and policy alike."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import duckdb
 import numpy as np
@@ -93,6 +93,33 @@ class Drawn:
                 drawn = []
 
 
+class _Counting(Protocol):
+    cfg: DictConfig
+    run: Run
+    step: int
+
+
+def updated(learner: _Counting, name: str, update: Callable[[], dict[str, float]], until: int) -> bool:
+    """Updates up to number `until` of `actor.steps`, shown and logged; whether Ctrl-C did not end them.
+
+    Args:
+        update: does one, counts it in `learner.step`, and gives what is logged of it.
+    """
+    settings = learner.cfg.actor
+    try:
+        with tqdm(total=until, initial=learner.step, desc=name, unit="update") as bar:
+            while learner.step < until:
+                logged = update()
+                bar.update()
+                if learner.step % settings.log_every == 0 or learner.step == settings.steps:
+                    learner.run.log(learner.step, logged)
+                    bar.set_postfix({k.removeprefix("loss/"): f"{v:.4f}" for k, v in logged.items()})
+    except KeyboardInterrupt:
+        print(f"interrupted after {learner.step} of {settings.steps} updates: keeping what was learnt")
+        return False
+    return True
+
+
 class ActorLearner:
     """An actor under training. Its gradient is clipped by itself (trap 9)."""
 
@@ -120,22 +147,15 @@ class ActorLearner:
         """The updates up to number `until`; whether Ctrl-C did not end them."""
         settings, algo = self.cfg.actor, self.algo
         cloned = round(settings.clone_first * settings.steps) if algo.ratios != "none" else 0
-        try:
-            with tqdm(total=until, initial=self.step, desc="actor", unit="update") as bar:
-                while self.step < until:
-                    if algo.ratios != "none" and self.step >= cloned and self.old is None:
-                        self._compare_with(db)
-                    branches, times = next(self.batches)
-                    self.step += 1
-                    logged = self._update(branches, times, clone=self.step <= cloned)
-                    bar.update()
-                    if self.step % settings.log_every == 0 or self.step == settings.steps:
-                        self.run.log(self.step, logged)
-                        bar.set_postfix({k.removeprefix("loss/"): f"{v:.4f}" for k, v in logged.items()})
-        except KeyboardInterrupt:
-            print(f"interrupted after {self.step} of {settings.steps} updates: keeping what was learnt")
-            return False
-        return True
+
+        def update() -> dict[str, float]:
+            if algo.ratios != "none" and self.step >= cloned and self.old is None:
+                self._compare_with(db)
+            branches, times = next(self.batches)
+            self.step += 1
+            return self._update(branches, times, clone=self.step <= cloned)
+
+        return updated(self, "actor", update, until)
 
     def _update(self, branches: Array, times: Array, *, clone: bool) -> dict[str, float]:
         """One step down the gradient over these responses, which is summed over parts that fit a forward pass."""

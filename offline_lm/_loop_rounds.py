@@ -26,7 +26,6 @@ _FREE = (
     " collect.device collect.timeout_s collect.retries"
 ).split()
 """Keys that may change while a loop goes on."""
-_ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -61,18 +60,18 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(store: Store, loop: str, wanted: dict[str, Any]) -> None:
-    """Raises UserError where that loop has begun with other settings."""
+    """Raises UserError where that loop has begun with other settings; keys that only one of the two has are passed over,
+    for a later version may have others.
+    """
     with store.connect() as db:
         found = db.execute(
             "SELECT extra FROM diagnostics WHERE run_id = ? AND suite = ? AND name = 'settings'", [loop, SUITE]
         ).fetchall()
     begun = json.loads(found[0][0]) if found else wanted
-    for key in sorted(begun.keys() | wanted.keys()):
-        here, there = (x.get(key, _ABSENT) for x in (wanted, begun))
-        if here != there:
-            shown, was = ("absent" if x is _ABSENT else x for x in (here, there))
+    for key in sorted(begun.keys() & wanted.keys()):
+        if wanted[key] != begun[key]:
             raise UserError(
-                f"{key}={shown}: the loop {loop} of {store.url} began with {was}; give that, or another name="
+                f"{key}={wanted[key]}: the loop {loop} of {store.url} began with {begun[key]}; give that, or another name="
             )
 
 

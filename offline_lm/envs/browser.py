@@ -39,14 +39,24 @@ CLOSE_TIMEOUT_S = 10.0
 EPISODES_PER_CONTEXT = 200
 """Then a tab starts afresh: what a renderer holds on to is bounded."""
 
+STARTS = 2
+"""How often a browser that dies while it starts is started."""
+
 _NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome", "chrome")
 _PLACES = ("/usr/lib/chromium/chromium", "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
 _SNAPSHOT = Path(__file__).with_name("snapshot.js")
 _STILL = "*,*::before,*::after{transition:none!important;animation:none!important;caret-color:transparent!important}"
 _ZERO = datetime(2024, 1, 1, 12, tzinfo=UTC)
 """The time in every page when it is loaded."""
-# No --disable-features: a second one would undo Playwright's, which holds back what calls home.
+# The last --disable-features undoes those before it: so Playwright 1.65's are among ours.
+_FEATURES = (
+    "AimEnabled AutofillServerCommunication AvoidCorsURLLoaderRestartOnRedirect"
+    " AvoidUnnecessaryBeforeUnloadCheckSync DestroyProfileOnBrowserClose HttpsFirstBalancedModeAutoEnable HttpsUpgrades"
+    " LensOverlay MediaRouter NetworkTimeServiceQuerying OptimizationHints PaintHolding PreconnectToSearch"
+    " TcpPortRandomizationWin ThirdPartyStoragePartitioning Translate"
+)
 _ARGUMENTS = (
+    f"--disable-features={_FEATURES.replace(' ', ',')}",
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
@@ -117,20 +127,24 @@ class Session:
         if self._playwright is None:
             self._proxy = await self.gate.open()
             self._playwright = await async_playwright().start()
-        try:
-            return await self._playwright.chromium.launch(
-                executable_path=self.executable,
-                chromium_sandbox=self.sandbox,
-                proxy={"server": self._proxy},
-                args=list(_ARGUMENTS),
-                # Signals are the collector's: it lets what is under way end first.
-                handle_sigint=False,
-                handle_sigterm=False,
-                handle_sighup=False,
-                timeout=4000 * INFRASTRUCTURE_TIMEOUT_S,
-            )
-        except Error as error:
-            raise UserError(f"{self.executable} does not start: {error.message}") from error
+        why: Error | None = None
+        for _ in range(STARTS):
+            try:
+                return await self._playwright.chromium.launch(
+                    executable_path=self.executable,
+                    chromium_sandbox=self.sandbox,
+                    proxy={"server": self._proxy},
+                    args=list(_ARGUMENTS),
+                    # Signals are the collector's: it lets what is under way end first.
+                    handle_sigint=False,
+                    handle_sigterm=False,
+                    handle_sighup=False,
+                    timeout=4000 * INFRASTRUCTURE_TIMEOUT_S,
+                )
+            except Error as error:
+                why = error
+        assert why is not None
+        raise UserError(f"{self.executable} does not start: {why.message}") from why
 
     async def close(self) -> None:
         """Ends the browser, also one that hangs or has died."""
