@@ -60,8 +60,10 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(store: Store, loop: str, wanted: dict[str, Any]) -> None:
-    """Raises UserError where that loop has begun with other settings; keys that only one of the two has are passed over,
-    for a later version may have others.
+    """Of a loop that goes on: they must be those that it began with, as far as its version had them.
+
+    Raises:
+        UserError: one of them is another.
     """
     with store.connect() as db:
         found = db.execute(
@@ -70,9 +72,8 @@ def check(store: Store, loop: str, wanted: dict[str, Any]) -> None:
     begun = json.loads(found[0][0]) if found else wanted
     for key in sorted(begun.keys() & wanted.keys()):
         if wanted[key] != begun[key]:
-            raise UserError(
-                f"{key}={wanted[key]}: the loop {loop} of {store.url} began with {begun[key]}; give that, or another name="
-            )
+            began = f"the loop {loop} of {store.url} began with {begun[key]}"
+            raise UserError(f"{key}={wanted[key]}: {began}; give that, or another name=")
 
 
 def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
