@@ -82,18 +82,22 @@ def calibration(
     Returns:
         v_first, return_first: means, of V and of the discounted return.
         v_error: the mean of V less the return, above 0 where the critic promises too much.
-        calibration_error: expected calibration error, as `clustered.calibration` measures it, with its 99 % interval.
+        calibration_error: expected calibration error, as `clustered.calibration` measures it, with its 99 % interval;
+            NaN of fewer than `clustered.TASKS` episodes.
     """
     rows = db.execute(_FIRST_PAGES.format(where=where), {"gamma": gamma}).fetchall()
     states = [{"goal": goal, "url": url, "observation": page} for _, _, goal, url, page, _ in rows]
     v = np.array([score.v for score in critic.score(states)])
     returns = np.array([row[-1] for row in rows], np.float64)
     cluster = clustered.clusters(np.array([row[1] for row in rows]), np.array([row[0] for row in rows]))
+    # as many bins as hold enough clusters each, of which fewer count as 0
+    bins = min(5, len(np.unique(cluster)) // clustered.TASKS)
+    error = Figure(*clustered.calibration(v, returns, cluster, bins) if bins else (NAN,), n=len(rows))
     return {
         "v_first": mean(v, resamples),
         "return_first": mean(returns, resamples),
         "v_error": mean(v - returns, resamples),
-        "calibration_error": Figure(*clustered.calibration(v, returns, cluster), n=len(rows)),
+        "calibration_error": error,
     }
 
 

@@ -26,12 +26,20 @@ _WORD = re.compile(rf"(?<![\w.])({_NUMBER})(?![\w.])")
 
 
 def elements(page: str) -> dict[str, str]:
-    """Lines of a page by the number that stands in them; numbers in several lines name none."""
+    """Lines of a page by the number that stands in them; numbers in several places name none.
+
+    Of a line that holds several elements, each has its part: from its number, or the tag around it, to the next.
+    """
     found: dict[str, str | None] = {}
     for line in page.split("\n"):
-        for match in _LINE.finditer(line):
+        matches = list(_LINE.finditer(line))
+        starts = [0] * len(matches)
+        for i in range(1, len(matches)):
+            tag = line.rfind("<", matches[i - 1].end(), matches[i].start())
+            starts[i] = tag if tag >= 0 else matches[i].start()
+        for match, start, stop in zip(matches, starts, [*starts, len(line)][1:], strict=True):
             number = match[1] or match[3] or match[4]
-            found[number] = None if number in found and found[number] != line else line
+            found[number] = None if number in found else line[start:stop]
     return {number: _shown(line) for number, line in found.items() if line is not None}
 
 

@@ -37,6 +37,14 @@ def test_what_names_none_stays_as_it_is(action):
     assert note(action, elements("")) == ""
 
 
+def test_elements_that_share_a_line_have_their_parts_of_it():
+    assert elements("Pages: [1] Home [2] About us [13] Help") == {
+        "1": "Pages: [1] Home", "2": "[2] About us", "13": "[13] Help",
+    }  # fmt: skip
+    html = "<ul><li id=3>Tea</li><li><a class=x id='4'>Coffee</a></li></ul>"
+    assert elements(html) == {"3": "<ul><li id=3>Tea</li><li>", "4": "<a class=x id='4'>Coffee</a></li></ul>"}
+
+
 def test_a_number_of_several_lines_names_none_and_long_lines_are_cut():
     named = elements("[4] a\n[4] b\n[5] " + "x" * 300)
     assert named.keys() == {"5"}

@@ -29,9 +29,11 @@ def test_resident_and_mapped_features_make_the_same_batches(shop, feats, monkeyp
     assert kept.resident
     assert not mapped.resident
     batch = kept(rows)
-    assert batch.weight is None is mapped(rows).weight
-    for field in (f for f in fields(batch) if f.name != "weight"):
-        assert torch.equal(getattr(batch, field.name), getattr(mapped(rows), field.name)), field.name
+    absent = {f.name for f in fields(batch) if getattr(batch, f.name) is None}
+    assert absent == {f.name for f in fields(batch) if getattr(mapped(rows), f.name) is None}
+    assert absent == {"weight", "candidate_weight"}
+    for name in {f.name for f in fields(batch)} - absent:
+        assert torch.equal(getattr(batch, name), getattr(mapped(rows), name)), name
     for row, state, action in zip(rows, batch.states, batch.actions, strict=True):
         assert torch.equal(state, torch.from_numpy(np.array(feats.v[row])))
         own = feats.q[shop.tokens.branch_ptr[row]] if shop.tokens.acted[row] else np.zeros(16, np.float32)
