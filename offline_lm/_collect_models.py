@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from offline_lm.batches.render import frame
-from offline_lm.batches.tokens import encode, tokenizer_id
+from offline_lm.batches.tokens import encode
 from offline_lm.envs import chat
 from offline_lm.envs.policies import Array, Choice, Chooser, State, draw, greedy, mix
 from offline_lm.envs.written import Judge, Proposal, Sample
@@ -56,7 +56,7 @@ def judge(run: str, store: str, device: torch.device) -> Judge:
     return Judge(
         name,
         f"{name}@{_sha256(critic.model, critic.heads)}",
-        critic.config.get("context", "actions"),
+        critic.rendering["context"],
         Reranker(critic).values,
     )
 
@@ -172,7 +172,7 @@ def _tokens(policy: Policy, prompt: list[int], response: Response) -> dict[str, 
         "prompt_token_ids": tuple(prompt),
         "response_token_ids": tuple(response.ids),
         "response_logprobs": tuple(response.logprobs),
-        "tokenizer_id": tokenizer_id(policy.tokenizer),
+        "tokenizer_id": policy.tokenizer_id,
     }
 
 

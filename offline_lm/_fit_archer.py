@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from offline_lm import cli
 from offline_lm._fit_actor import say_likelihoods, store_metrics
+from offline_lm._fit_checks import check_alone
 from offline_lm._fit_growth import Growing
 from offline_lm._fit_logged import complete, read_logged
 from offline_lm._fit_memory import Peaks
@@ -81,9 +82,7 @@ def fit_archer(cfg: DictConfig, algo: Archer, name: str, device: torch.device) -
     Raises:
         UserError: a setting that it does not take, or no known return to learn from.
     """
-    for key, wanted in (("sweep", None), ("model.train", "heads"), ("actor.critic", None)):
-        if (given := OmegaConf.select(cfg, key)) != wanted:
-            raise UserError(f"{key}={given}: algo=archer takes {key}={'null' if wanted is None else wanted} alone")
+    check_alone(cfg, "archer", {"sweep": None, "model.train": "heads", "actor.critic": None})
     if algo.critic.gamma != algo.gamma:
         raise UserError(f"algo.critic.gamma={algo.critic.gamma}: the actor's returns have algo.gamma={algo.gamma}")
     check_starting_policy(cfg)

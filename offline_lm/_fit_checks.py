@@ -116,3 +116,10 @@ def checked(cfg: DictConfig) -> torch.device:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     return devices.device(cfg.device)
+
+
+def check_alone(cfg: DictConfig, name: str, wanted: dict[str, Any]) -> None:
+    """Raises UserError where a key is not as an algorithm takes it alone."""
+    for key, value in wanted.items():
+        if (given := OmegaConf.select(cfg, key)) != value:
+            raise UserError(f"{key}={given}: algo={name} takes {key}={'null' if value is None else value} alone")

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from offline_lm import cli
+from offline_lm._fit_checks import check_alone
 from offline_lm._fit_logged import judged_rows
 from offline_lm._fit_memory import Peaks
 from offline_lm._fit_prepare import reading, selected, starting_policy
@@ -26,7 +27,6 @@ from offline_lm.batches import replay as replays
 from offline_lm.batches.replay import Replay
 from offline_lm.batches.sampling_store import from_store
 from offline_lm.batches.tokens import Tokens
-from offline_lm.errors import UserError
 from offline_lm.losses.ilql import token_targets
 from offline_lm.losses.td import ensemble_min
 from offline_lm.models import acting, token_heads
@@ -53,9 +53,7 @@ def fit_ilql(cfg: DictConfig, algo: ILQL, name: str, device: torch.device) -> di
     Raises:
         UserError: a setting that ILQL does not take, or no known return to learn from.
     """
-    for key, wanted in (("sweep", None), ("model.heads.loss", "mse"), ("actor.critic", None)):
-        if (given := OmegaConf.select(cfg, key)) != wanted:
-            raise UserError(f"{key}={given}: algo=ilql takes {key}={'null' if wanted is None else wanted} alone")
+    check_alone(cfg, "ilql", {"sweep": None, "model.heads.loss": "mse", "actor.critic": None})
     store = Store.open(cfg.data.store, cfg.data.version).frozen()
     peaks = Peaks(device)
     with store.connect() as db, explained(store):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from offline_lm.batches.render import frame
-from offline_lm.batches.tokens import Tokens, encode, tokenize
+from offline_lm.batches.tokens import Tokens, encode, tokenize, tokenizer_id
 from offline_lm.envs.policies import greedy
 from offline_lm.errors import UserError
 from offline_lm.losses.ilql import perturbed_logprobs
@@ -62,6 +63,11 @@ class Policy:
 
     def __init__(self, model: Any, tokenizer: Any, config: dict[str, Any], heads: TokenHeads | None = None) -> None:
         self.model, self.tokenizer, self.config, self.heads = model.eval(), tokenizer, config, heads
+
+    @cached_property
+    def tokenizer_id(self) -> str:
+        """What steps that it writes call its tokenizer."""
+        return tokenizer_id(self.tokenizer)
 
     @classmethod
     def from_pretrained(cls, run: str | Path) -> Policy:

@@ -131,7 +131,7 @@ class _Reader:
         for run in dict.fromkeys(named[i] for i in new.values()):
             mine = [key for key, i in new.items() if named[i] == run]
             critic, asked = self._critic(run), [rows[new[key]] for key in mine]
-            if critic.config.get("context") == "turns" and any(row["history"] for row in asked):
+            if critic.rendering["context"] == "turns" and any(row["history"] for row in asked):
                 raise UserError(
                     f"run {run} reads whole past turns (data.context=turns), and `history` in SQL is actions alone:"
                     ' use `python -m offline_lm.score`; stored steps have their values in the table "values"'

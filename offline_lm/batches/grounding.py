@@ -8,6 +8,7 @@ their elements.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 MOST = 120
 """Characters of a line that are shown."""
@@ -21,6 +22,7 @@ _LINE = re.compile(
     """,
     re.VERBOSE,
 )
+# a number by itself between quotes or brackets, rather than one within a text
 _WHOLE = re.compile(rf"""(?:["'\[(=]|ref=)({_NUMBER})(?=["'\]),]|$)""")
 _WORD = re.compile(rf"(?<![\w.])({_NUMBER})(?![\w.])")
 
@@ -43,18 +45,14 @@ def elements(page: str) -> dict[str, str]:
     return {number: _shown(line) for number, line in found.items() if line is not None}
 
 
-def note(action: str, named: dict[str, str]) -> str:
-    """What is read behind `action`: the line of the element that it names first; nothing where it names none.
+def notes(actions: Iterable[str], page: str | None) -> list[str]:
+    """What is read behind each action done on `page`: the line of the element that it names first, "" if it names none.
 
-    Args:
-        named: `elements` of the page that it was done on.
+    A page is searched only where some action holds a number.
     """
-    if named:
-        for pattern in (_WHOLE, _WORD):  # a number by itself between quotes or brackets, rather than one within a text
-            for match in pattern.finditer(action):
-                if match[1] in named:
-                    return f" # {named[match[1]]}"
-    return ""
+    numbers = [[match[1] for pattern in (_WHOLE, _WORD) for match in pattern.finditer(action)] for action in actions]
+    named = elements(page) if page and any(numbers) else {}
+    return [next((f" # {named[number]}" for number in own if number in named), "") for own in numbers]
 
 
 def _shown(line: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from offline_lm.batches import render
-from offline_lm.batches.grounding import elements, note
+from offline_lm.batches.grounding import notes
 
 Array = np.ndarray
 
@@ -194,7 +194,7 @@ def tokenized_parts(
     only where nothing is read behind it). A special token
     that a page, goal or response spells out is tokenised as plain text: only the frame's own markers are special.
     """
-    frame, name = render.frame(tokenizer), tokenizer_id(tokenizer)
+    frame, name = render.frame(tokenizer), ""
     marks = encode(tokenizer, (frame.before, frame.after, frame.end), special=True)
     before, after, end = (marks[text] for text in (frame.before, frame.after, frame.end))
     kind = np.uint32 if len(tokenizer) > 2**16 else np.uint16
@@ -221,6 +221,8 @@ def tokenized_parts(
             goal_end = len(prompt or ()) - len(after)
             goal_at = (goal_end - len(goal), goal_end)
             options = [ids[text] + end for text in texts]
+            if row["tokenizer_id"] is not None:
+                name = name or tokenizer_id(tokenizer)  # not for nothing: it reads the whole vocabulary
             own = row["tokenizer_id"] == name
             if own and row["response_token_ids"] is not None and texts[0] == _said(row):
                 options[0] = list(row["response_token_ids"])
@@ -314,8 +316,10 @@ def _texts(row: dict[str, Any], options: list[str], past_text: Callable[[str], s
 
 def _read(row: dict[str, Any], grounding: bool) -> list[str]:
     """The responses at a step, as they are read."""
-    named = elements(row["observation"] or "") if grounding else {}
-    return [text + note(action, named) for text, action in _options(row).items()]
+    options = _options(row)
+    if not grounding:
+        return list(options)
+    return [text + line for text, line in zip(options, notes(options.values(), row["observation"]), strict=True)]
 
 
 def _said(row: dict[str, Any]) -> str | None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from offline_lm.batches.grounding import MOST, elements, note
+from offline_lm.batches.grounding import MOST, elements, notes
 from offline_lm.batches.tokens import tokenize
 from offline_lm.models.backbone import train_tokenizer
 
@@ -28,13 +28,14 @@ INDEXED = "[2]<a>Two\n[12]<input>n\n14: Send (button)\nprice 14: 3"
     ],
 )
 def test_the_line_of_the_element_that_an_action_names(page, action, line):
-    assert note(action, elements(page)) == f" # {line}"
+    assert notes([action], page) == [f" # {line}"]
 
 
 @pytest.mark.parametrize("action", ["click('13')", "go_back()", "click[green mug]", "scroll(0, 200)", "wait 1.9", ""])
 def test_what_names_none_stays_as_it_is(action):
-    assert note(action, elements(AXTREE)) == ""
-    assert note(action, elements("")) == ""
+    assert notes([action], AXTREE) == [""]
+    assert notes([action], "") == [""]
+    assert notes(["click('9')", action], AXTREE) == [" # [9] link 'Home', clickable", ""]
 
 
 def test_elements_that_share_a_line_have_their_parts_of_it():
