@@ -28,11 +28,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def pretrain(cfg: DictConfig) -> dict[str, Any]:
     folder, device = checked(cfg)
-    model, tokenizer = backbone.tiny(
-        pretraining.texts(cfg.seed, 4000), vocab_size=cfg.vocab_size, width=cfg.width, layers=cfg.layers,
-        heads=cfg.heads, seed=cfg.seed,
-    )  # fmt: skip
-    settings = {k: cfg[k] for k in ("seed", "tokens", "batch_tokens", "easy", "lr", "width", "layers", "heads")}
+    if cfg.start is None:
+        model, tokenizer = backbone.tiny(
+            pretraining.texts(cfg.seed, 4000), vocab_size=cfg.vocab_size, width=cfg.width, layers=cfg.layers,
+            heads=cfg.heads, seed=cfg.seed,
+        )  # fmt: skip
+    else:
+        model, tokenizer = backbone.load(cfg.start, "float32", "start")
+    names = "seed tokens batch_tokens easy grounding lr width layers heads start"
+    settings = {name: cfg[name] for name in names.split()}
     key = hashlib.sha256(json.dumps([settings, tokenizer.backend_tokenizer.to_str()]).encode()).hexdigest()[:12]
     state = folder / f"{key}.state"
     if others := sorted(set(folder.glob("*.state")) - {state}):
@@ -43,13 +47,13 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
     began = time.monotonic()
     with Curves(folder / "curves.csv", cfg.tokens) as curves:
         judge = pretraining.train(
-            model.to(device), tokenizer, tokens=cfg.tokens, batch_tokens=cfg.batch_tokens, easy=cfg.easy, lr=cfg.lr,
-            seed=cfg.seed, at=state, on_step=curves.step,
+            model.to(device), tokenizer, tokens=cfg.tokens, batch_tokens=cfg.batch_tokens, easy=cfg.easy,
+            grounding=cfg.grounding, lr=cfg.lr, seed=cfg.seed, at=state, on_step=curves.step,
         )  # fmt: skip
     minutes = (time.monotonic() - began) / 60
     model.eval().to(getattr(torch, cfg.dtype))
     backbone.save(model, tokenizer, folder)
-    found = judged(model.float(), tokenizer, judge, cfg.seed, cfg.held_out, cfg.batch_tokens)
+    found = judged(model.float(), tokenizer, judge, cfg.seed, cfg.held_out, cfg.grounding > 0, cfg.batch_tokens)
     state.unlink(missing_ok=True)
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     for skill, (n, share) in found.items():
@@ -71,10 +75,14 @@ def checked(cfg: DictConfig) -> tuple[Path, torch.device]:
     for key, most in (("easy", 1.0), ("lr", math.inf)):
         if type(cfg[key]) not in (int, float) or not 0 < cfg[key] <= most:
             raise UserError(f"{key}={cfg[key]}: a number above 0 is wanted" + ", at most 1" * (most == 1))
+    if type(cfg.grounding) not in (int, float) or not 0 <= cfg.grounding <= 1:
+        raise UserError(f"grounding={cfg.grounding}: a number from 0 to 1 is wanted")
     if not backbone.fits_heads(cfg.width, cfg.heads):
         raise UserError(f"width={cfg.width}: a multiple of twice heads={cfg.heads} is wanted, 4 a head at least")
     if cfg.dtype not in ("float32", "float16", "bfloat16"):
         raise UserError(f"dtype={cfg.dtype}: float32, float16 or bfloat16 is wanted")
+    if cfg.start is not None:
+        backbone.check(cfg.start, "start")
     device = devices.device(cfg.device)
     folder = Path(cfg.output)
     try:
@@ -87,13 +95,13 @@ def checked(cfg: DictConfig) -> tuple[Path, torch.device]:
 
 @torch.no_grad()
 def judged(
-    model: Any, tokenizer: Any, judge: pretraining.Judge, seed: int, pages: int, batch_tokens: int
+    model: Any, tokenizer: Any, judge: pretraining.Judge, seed: int, pages: int, grounded: bool, batch_tokens: int
 ) -> dict[str, tuple[int, float]]:
     """On pages of another seed: for each skill how many questions there were, and how many were answered right."""
     asked, right = Counter[str](), Counter[str]()
     seen = number = 0
     while seen < pages:
-        row = pretraining.sheet(tokenizer, -1 - seed, number, easy=0.0, tokens=batch_tokens)
+        row = pretraining.sheet(tokenizer, -1 - seed, number, easy=0.0, grounded=grounded, tokens=batch_tokens)
         _, logits = pretraining.loss(model, judge, row)
         for skill, ok in pretraining.chosen(logits, row):
             asked[skill] += 1

@@ -115,6 +115,18 @@ def test_the_seed_decides_the_file_also_after_an_interruption(first, tmp_path, c
     assert {row[0] for row in table(tmp_path)[1:]} == {"600", "1200"}
 
 
+def test_it_goes_on_from_a_model_that_is_there(first, tmp_path, capsys):
+    folder, printed = first
+    later = [*SMALL, f"start={folder}", "tokens=1200", "lr=1e-12", "width=64", "dtype=float32"]
+    assert pretrain.main([f"output={tmp_path}", *later]) == 0
+    ours, start = (load_file(f / "model.safetensors") for f in (tmp_path, folder))
+    assert ours.keys() == start.keys()
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, start[name].float(), rtol=0, atol=1e-6)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["sha256"] != json.loads(printed[-1])["sha256"]
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
@@ -124,6 +136,8 @@ def test_the_seed_decides_the_file_also_after_an_interruption(first, tmp_path, c
         ("seed=-1", "seed=-1: a whole number from 0 is wanted"),
         ("easy=0", "easy=0: a number above 0 is wanted, at most 1"),
         ("lr=0", "lr=0: a number above 0 is wanted\n"),
+        ("grounding=1.5", "grounding=1.5: a number from 0 to 1 is wanted"),
+        ("start=nowhere", "start=nowhere: no causal language model could be loaded"),
         ("heads=3", "width=40: a multiple of twice heads=3 is wanted"),
         ("heads=20", "width=40: a multiple of twice heads=20 is wanted, 4 a head at least"),
         ("dtype=float8", "dtype=float8: float32, float16 or bfloat16 is wanted"),

@@ -60,7 +60,7 @@ def test_it_knows_which_of_two_goals_names_what_the_page_shows(reader):
 
     @torch.no_grad()
     def read(number):
-        row = pretraining.sheet(tokenizer, 10**6, number, easy=1.0, tokens=16_000)
+        row = pretraining.sheet(tokenizer, 10**6, number, easy=1.0, grounded=True, tokens=16_000)
         hidden = backbone.hidden_states(model.eval(), row.ids, row.layout)[row.layout.readouts()[0]]
         known = ~row.met.isnan()
         return hidden[known].double(), row.met[known].double()

@@ -4,6 +4,7 @@ Each page is encoded once for all goals asked of it, each goal once for all acti
 goal, where V is read, the model says whether the page fits it; at the end of an action, where Q is read, whether the
 action is right; and it writes the right action token by token. Halfway up it says of every token of a goal whether it
 stands so on the page, and of an action whether it stands so in the goal: what is to be compared is found early then.
+An action that names an element by number is read with that element's line, as critics read it (`batches.grounding`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -20,11 +22,12 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from offline_lm.batches import render
+from offline_lm.batches.grounding import notes
 from offline_lm.batches.pack import Layout
 from offline_lm.batches.tokens import encode
 from offline_lm.models.backbone import halfway_and_last
 from offline_lm.models.descent import descend
-from offline_lm.reading.scenes import Scene, scenes
+from offline_lm.reading.scenes import Question, Scene, scenes
 
 WEIGHTS = {"grade": 0.3, "said": 0.1}
 """Of the parts of the loss; the others count 1."""
@@ -59,27 +62,38 @@ class Sheet:
     skill: list[str]
 
 
-def sheet(tokenizer: Any, seed: int, number: int, *, easy: float, tokens: int) -> Sheet:
-    """Row `number` of at least `tokens` tokens, its last scene whole; a function of its arguments alone."""
+def sheet(tokenizer: Any, seed: int, number: int, *, easy: float, grounded: bool, tokens: int) -> Sheet:
+    """Row `number` of at least `tokens` tokens, its last scene whole; a function of its arguments alone.
+
+    Args:
+        easy: share of simple pages.
+        grounded: whether actions are read with the line that they name.
+    """
     frame = render.frame(tokenizer)
     marks = encode(tokenizer, (frame.before, frame.after, frame.end), special=True)
-    row = _Row([marks[text] for text in (frame.before, frame.after, frame.end)])
+    row = _Row([marks[text] for text in (frame.before, frame.after, frame.end)], grounded)
     drawn = scenes(f"{seed} {number}", easy=easy)
     while row.length < tokens:
         some = list(islice(drawn, 8))
-        ids = encode(tokenizer, chain.from_iterable(map(_texts, some)))
+        ids = encode(tokenizer, chain.from_iterable(_texts(scene, grounded) for scene in some))
         for scene in some:
             if row.length < tokens:
                 row.add(scene, ids)
     return row.sheet()
 
 
-def _texts(scene: Scene) -> Iterator[str]:
+def _texts(scene: Scene, grounded: bool) -> Iterator[str]:
     yield from map(render.past_text, scene.past)
     yield _page(scene)
     for asked in scene.questions:
         yield render.goal_text(asked.goal)
-        yield from (act.text for act in asked.acts)
+        yield from _acts(asked, scene, grounded)
+
+
+def _acts(asked: Question, scene: Scene, grounded: bool) -> list[str]:
+    """The actions judged under a goal, as they are read."""
+    acts = [act.text for act in asked.acts]
+    return [text + line for text, line in zip(acts, notes(acts, scene.page), strict=True)] if grounded else acts
 
 
 def _page(scene: Scene) -> str:
@@ -89,8 +103,8 @@ def _page(scene: Scene) -> str:
 class _Row:
     """A `Sheet` under construction."""
 
-    def __init__(self, frame: Sequence[list[int]]) -> None:
-        self.frame = frame
+    def __init__(self, frame: Sequence[list[int]], grounded: bool) -> None:
+        self.frame, self.grounded = frame, grounded
         self.length = 0
         self.ids: list[int] = []
         self.trunks: list[int] = []
@@ -120,8 +134,8 @@ class _Row:
             self._compared(goal[: len(goal) - len(after)], shown)
             self.ids += goal
             goal_end = len(self.ids) - 1
-            for act in asked.acts:
-                text = [*ids[act.text], *end]
+            for act, read in zip(asked.acts, _acts(asked, scene, self.grounded), strict=True):
+                text = [*ids[read], *end]
                 self.segments.append((owner, len(trunk), parent, len(text)))
                 self._compared(text, named)
                 if act.right:
@@ -227,7 +241,7 @@ def chosen(logits: Tensor, sheet: Sheet) -> list[tuple[str, bool]]:
 def texts(seed: int, n: int) -> Iterator[str]:
     """What a tokenizer for such rows must cover: the texts of n scenes."""
     for scene in islice(scenes(f"{seed} texts"), n):
-        yield from _texts(scene)
+        yield from _texts(scene, grounded=False)
 
 
 def train(
@@ -237,6 +251,7 @@ def train(
     tokens: int,
     batch_tokens: int,
     easy: float,
+    grounding: float,
     lr: float,
     seed: int,
     at: Path,
@@ -248,6 +263,7 @@ def train(
         tokens: of all updates together, about.
         batch_tokens: of an update.
         easy: share of the updates in which the share of simple pages falls from all to a tenth.
+        grounding: share of the updates in which actions are read with the line that they name.
         at: file in which the state is kept after every hundredth, and from which training goes on if it is there, to
             the same weights bit for bit.
         on_step: called after each update with how many are done, of how many, the loss's parts, and each question's
@@ -273,7 +289,9 @@ def train(
     for update in range(begin, n):
         done = update / n
         optimizer.param_groups[0]["lr"] = lr * min(1.0, 50 * done + 0.01, 1.02 - done)
-        row = sheet(tokenizer, seed, update, easy=max(0.1, 1 - done / easy), tokens=batch_tokens)
+        grounded = Random(f"{seed} {update} grounding").random() < grounding
+        simple = max(0.1, 1 - done / easy)
+        row = sheet(tokenizer, seed, update, easy=simple, grounded=grounded, tokens=batch_tokens)
         parts, logits = loss(model, judge, row)
         total = torch.stack(list(parts.values())).sum()
         descend(optimizer, parameters, total, after=f"{update} updates: lower lr")

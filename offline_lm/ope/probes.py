@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from offline_lm.batches.grounding import notes
 from offline_lm.batches.tokens import tokenize
 from offline_lm.models import features
 from offline_lm.ope.probe_pages import Question, Split
@@ -155,12 +156,14 @@ def encode(
 ) -> Features:
     """Hidden states where critics read: prompts and actions rendered, tokenised and packed as for a critic.
 
+    An action that names an element by number stands with its line, as it does there (`data.grounding`).
+
     Args:
         scratch: an empty folder; it can go when this returns.
         progress: wraps the forward passes, as in `features.compute`.
     """
     parts = [part for split in splits.values() for part in split.parts()]
-    tokens = tokenize(_steps(q for part in parts for q in part), tokenizer, max_tokens=_MAX_TOKENS)
+    tokens = tokenize(_steps(q for part in parts for q in part), tokenizer, max_tokens=_MAX_TOKENS, grounding=True)
     found = features.compute(model, tokens, scratch, progress=progress)
     rows, first = [], 0
     for part in parts:
@@ -201,7 +204,8 @@ def _counts(questions: Iterable[Question]) -> Array:
     rows = []
     for question in questions:
         goal, page = _grams(question.goal), _grams(question.observation)
-        for action in map(_grams, question.candidates or ("",)):
+        actions = question.candidates or ("",)
+        for action in map(_grams, map(str.__add__, actions, notes(actions, question.observation))):
             row: list[int] = []
             for here, there in ((action, goal), (action, page), (goal, page)):
                 for own, other in zip(here, there, strict=True):

@@ -29,7 +29,7 @@ def made(heads=1):
 
 @pytest.fixture(scope="module")
 def drawn(tokenizer):
-    return sheet(tokenizer, 0, 3, easy=0.05, tokens=1500)
+    return sheet(tokenizer, 0, 3, easy=0.05, grounded=True, tokens=1500)
 
 
 # -- the loss ----------------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def test_chosen_is_the_best_action_of_each_question(drawn):
 
 def test_a_row_is_a_function_of_its_arguments(tokenizer, drawn):
     torch.manual_seed(1)
-    again = sheet(tokenizer, 0, 3, easy=0.05, tokens=1500)
+    again = sheet(tokenizer, 0, 3, easy=0.05, grounded=True, tokens=1500)
     for f in fields(drawn):
         one, other = getattr(drawn, f.name), getattr(again, f.name)
         if isinstance(one, Tensor):
@@ -128,8 +128,27 @@ def test_a_row_is_a_function_of_its_arguments(tokenizer, drawn):
     assert torch.equal(again.layout.positions(), drawn.layout.positions())
     assert 1500 <= len(drawn.ids) < 3000
     for changed in ((1, 3), (0, 4)):
-        other = sheet(tokenizer, *changed, easy=0.05, tokens=1500).ids[:200]
+        other = sheet(tokenizer, *changed, easy=0.05, grounded=True, tokens=1500).ids[:200]
         assert not torch.equal(other, drawn.ids[:200])
+
+
+def test_an_action_that_names_a_number_is_read_with_its_line(tokenizer):
+    """The same page, goals and questions; behind a number stands its line, and a token of it may stand in the goal."""
+    alone = sheet(tokenizer, 0, 3, easy=0.05, grounded=False, tokens=1500)
+    row = sheet(tokenizer, 0, 3, easy=0.05, grounded=True, tokens=len(alone.ids))
+    common = len(alone.skill)
+    assert row.skill[:common] == alone.skill
+    (_, acts, sizes), (_, bare, own) = sequences(row), sequences(alone)
+    longer = 0
+    for act, size, before, n in zip(acts, sizes, bare, own, strict=False):
+        text, said = (tokenizer.decode(r.ids[a[-k:]]) for r, a, k in ((row, act, size), (alone, before, n)))
+        end = tokenizer.eos_token
+        name, _, line = text.removesuffix(end).partition(" # ")
+        assert name == said.removesuffix(end).partition(" # ")[0]
+        if line:
+            longer += 1
+            assert line in tokenizer.decode(row.ids[act[:-size]])
+    assert 10 < longer < len(bare)
 
 
 def sequences(drawn):
@@ -183,7 +202,7 @@ def test_said_is_every_token_of_the_right_actions_each_at_the_place_before_it(dr
 
 def test_a_packed_row_equals_one_sequence_at_a_time(tokenizer):
     """Readouts and the gradient of the whole loss, against plain `transformers` on each (page, goal, action)."""
-    row = sheet(tokenizer, 0, 5, easy=0.05, tokens=300)
+    row = sheet(tokenizer, 0, 5, easy=0.05, grounded=True, tokens=300)
     goals, acts, _ = sequences(row)
     model, judge = made(heads=2), Judge(40)
     packed = torch.stack(backbone.halfway_and_last(model, row.ids, row.layout))
@@ -239,8 +258,9 @@ def trained(tokenizer, at, *, updates, stop=None, lr=3e-3):
             raise KeyboardInterrupt
 
     judge = train(
-        model, tokenizer, tokens=600 * updates, batch_tokens=600, easy=0.5, lr=lr, seed=0, at=at, on_step=on_step
-    )
+        model, tokenizer, tokens=600 * updates, batch_tokens=600, easy=0.5, grounding=0.5, lr=lr, seed=0, at=at,
+        on_step=on_step,
+    )  # fmt: skip
     return model, judge, seen
 
 
@@ -271,7 +291,7 @@ def test_stopped_and_gone_on_training_ends_in_the_same_weights_bit_for_bit(token
 
 
 def test_the_state_is_kept_after_every_hundredth(tokenizer, tmp_path, monkeypatch):
-    kept, row = [], sheet(tokenizer, 0, 0, easy=1.0, tokens=50)
+    kept, row = [], sheet(tokenizer, 0, 0, easy=1.0, grounded=False, tokens=50)
     monkeypatch.setattr(torch, "save", lambda state, file: (kept.append(state["updates"]), file.touch()))
     monkeypatch.setattr(pretraining, "sheet", lambda *_, **__: row)
     monkeypatch.setattr(pretraining, "loss", lambda *modules: ({"sum": _total(*modules[:2])}, row.right))
