@@ -1,11 +1,12 @@
 """Hidden states of states and actions, as features are computed, beside `transformers` on padded batches.
 
-    python analysis/benchmarks/embed.py [json=true] [model=small|distilgpt2] [steps=12] [repeats=2] [threads=2]
+    python analysis/benchmarks/embed.py [json=true] [model=small|reader|distilgpt2] [steps=12] [repeats=2] [threads=2]
         [dtype=float32] [batches=2,4,12] [rows=...]
 
 Tokens a second. Steps of about 600 tokens of state (400 to 800) and 25 of action, random ids; wanted are two vectors a
 step, at the end of the state (V) and of the action (Q). `small`: a Llama of 6 layers of 256. `distilgpt2`: a GPT-2 of 6
-layers of 768; random weights (the time does not depend on them). Tokens are counted once a step in every row.
+layers of 768; random weights (the time does not depend on them). `reader`: the one that ships.
+Tokens are counted once a step in every row.
 
     ours         `offline_lm.models.features.compute` into an empty cache: hashing, packing, encoding, writing to disk
     warm         the same again: everything is found in the cache
@@ -41,6 +42,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from offline_lm.batches.tokens import Tokens
 from offline_lm.models import features
 from offline_lm.models.attention import NAME
+from offline_lm.models.backbone import located
 from offline_lm.models.lora import Linear, matrix
 
 GOAL, ACTION = 4.0, 25
@@ -48,6 +50,9 @@ WORDS = 2048
 
 
 def model_of(kind: str, attention: str, dtype: str) -> Any:
+    if kind == "reader":
+        options = {"attn_implementation": attention, "dtype": getattr(torch, dtype)}
+        return AutoModelForCausalLM.from_pretrained(located("reader"), **options).eval()
     if kind == "small":
         config = LlamaConfig(
             vocab_size=WORDS, hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
