@@ -12,6 +12,7 @@ of each critic with a Q that an actor learnt from. Horizon 1 is the same purchas
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -153,7 +154,8 @@ def _plans(cfg: DictConfig) -> list[Plan]:
 
 
 def _plan(cfg: DictConfig, name: str) -> Plan:
-    overrides = [*cfg.overrides.split(), *((cfg.actors.overrides or {}).get(name) or "").split()]
+    own = (cfg.actors.overrides or {}).get(name) or ""
+    overrides = [*shlex.split(cfg.overrides), *shlex.split(own)]
     composed = cli.composed("fit", *_arguments(name, overrides))
     actor = cli.instantiate(composed.algo)
     if not isinstance(actor, Actor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def _fresh(cfg: DictConfig, folder: Path, seed: int) -> list[dict[str, Any]]:
             f"data.store={url}",
             f"seed={seed}",
             "baselines=false",
-            *cfg.overrides.split(),
+            *shlex.split(cfg.overrides),
         )
         rows.append({**judge(Store.open(url), done["run_id"], cfg.suite), "seconds": done["seconds"]})
         print(_line(rows[-1]), flush=True)

@@ -20,7 +20,7 @@ from offline_lm._fit_memory import Peaks
 from offline_lm._fit_prepare import reading, selected, starting_policy
 from offline_lm._fit_report import say_alarms, say_compared, say_next, say_selected, write_back
 from offline_lm._fit_sweep import Setting
-from offline_lm._fit_train import return_range
+from offline_lm._fit_train import return_range, target_rate
 from offline_lm._fit_updates import updated
 from offline_lm.algos.ilql import ILQL, TokenBatch
 from offline_lm.batches import replay as replays
@@ -123,6 +123,7 @@ class _Learner:
             start=float(known.mean()), unit=float(known.std()) or 1.0,
         ).to(self.device)  # fmt: skip
         self.target = target_of(self.heads)
+        self.rate = self._rate()
         self.outcomes = Outcomes(replay, tokens, self.device)
         self.parameters = [p for m in (self.model, self.heads) for p in m.parameters() if p.requires_grad]
         settings = cfg.actor
@@ -130,6 +131,15 @@ class _Learner:
             self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
         )
         self.step = 0
+
+    def _rate(self) -> float:
+        """At which the target follows."""
+        if self.algo.polyak is not None:
+            return self.algo.polyak
+        sizes = np.zeros(len(self.replay), np.int64)
+        acted = np.asarray(self.tokens.acted)
+        sizes[acted] = acting.lengths(self.tokens, self.tokens.branch_ptr[:-1][acted])
+        return target_rate(self.replay, self.cfg.actor.steps, sizes, most=0.5)
 
     def train(self, batches: Any) -> bool:
         """All updates; whether Ctrl-C did not end them."""
@@ -186,8 +196,8 @@ class _Learner:
         self.optimizer.param_groups[0]["lr"] = self.cfg.actor.lr * share
         self.optimizer.step()
         if self.slow is not None:
-            polyak(self.slow, self.model, self.algo.polyak)
-        polyak(self.target, self.heads, self.algo.polyak)
+            polyak(self.slow, self.model, self.rate)
+        polyak(self.target, self.heads, self.rate)
         return sums | {"grad_norm": norm}
 
     @torch.no_grad()

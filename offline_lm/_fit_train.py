@@ -189,13 +189,16 @@ def whitening_floor(feats: Features, replay: Replay, tokens: Tokens, most: int =
     return floor
 
 
-def target_rate(replay: Replay, updates: int) -> float:
-    """The rate at which targets follow, T / updates, within 0.005 to 0.1; T: all but the longest 5 % of episodes.
+def target_rate(replay: Replay, updates: int, lengths: Array | int = 1, most: float = 0.1) -> float:
+    """The rate at which targets follow, T / updates, within 0.005 to `most`; T: all but the longest 5 % of episodes.
 
-    A value travels one step back in about 1 / rate updates. The faster, the more a target's errors feed on themselves.
+    A value travels one link back in about 1 / rate updates. The faster, the more a target's errors feed on themselves.
+
+    Args:
+        lengths: [N] or 1: links that a row adds to the chain along which values travel; a turn, or each of its tokens.
     """
-    steps = np.add.reduceat(replay.acted, replay.offsets[:-1])[~replay.held_out]
-    return float(np.clip(np.quantile(steps, 0.95) / updates, 0.005, 0.1))
+    links = np.add.reduceat(replay.acted * lengths, replay.offsets[:-1])[~replay.held_out]
+    return float(np.clip(np.quantile(links, 0.95) / updates, 0.005, most))
 
 
 def examples(feats: Features, replay: Replay, tokens: Tokens, most: int = 16_384) -> tuple[Tensor, Tensor]:

@@ -126,18 +126,21 @@ def test_a_setting_out_of_range_is_told(store, capsys, setting, told):
 
 
 def test_targets_follow_as_fast_as_values_must_travel():
-    def of(lengths, updates):
+    def of(lengths, updates, *links, **most):
         offsets = np.r_[0, np.cumsum(lengths)]
         acted = np.ones(offsets[-1], bool)
         held_out = np.zeros(len(lengths), bool)
         held_out[-1] = True  # does not count
         replay: Any = SimpleNamespace(acted=acted, offsets=offsets, held_out=held_out)
-        return target_rate(replay, updates)
+        return target_rate(replay, updates, *links, **most)
 
     assert of([15] * 20 + [500], 1500) == pytest.approx(0.01)
     assert of([100] * 20 + [1], 1500) == pytest.approx(100 / 1500)
     assert of([1] * 20, 1500) == 0.005
     assert of([900] * 20, 1500) == 0.1
+    # ilql's travel a token at a time: two of each turn
+    assert of([10] * 20 + [500], 1000, np.full(700, 2)) == pytest.approx(0.02)
+    assert of([900] * 20, 1500, np.full(18_000, 2), most=0.5) == 0.5
 
 
 @pytest.mark.parametrize("algo", ALL)

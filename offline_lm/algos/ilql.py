@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from offline_lm.algos.checks import check_at_least_0, check_share
+from offline_lm.algos.checks import check_at_least_0, check_rate, check_share
 from offline_lm.losses.expectile import expectile_loss
 from offline_lm.losses.ilql import taken_q, token_cql
 from offline_lm.losses.masks import masked_difference
@@ -57,14 +57,15 @@ class ILQL:
         tau: expectile; 0.5 is the behaviour's value, towards 1 the best logged token's.
         alpha: weight of the penalty on tokens that were not logged.
         beta: of the policy, log pi_beta + beta (min Q̄ - V); 0 is the behaviour policy.
-        polyak: rate at which the target follows the online parameters, per update.
+        polyak: rate at which the target follows the online parameters, per update; None: set by how far values travel,
+            token by token.
     """
 
     gamma: float
     tau: float
     alpha: float
     beta: float
-    polyak: float
+    polyak: float | None
 
     trains_q: ClassVar[bool] = True
     # of tokens: nested over a response, it is that of turns where responses part at one token, or tau is 1/2
@@ -75,7 +76,7 @@ class ILQL:
         check_share("tau", self.tau, ends=False)
         check_at_least_0("alpha", self.alpha)
         check_at_least_0("beta", self.beta)
-        check_share("polyak", self.polyak)
+        check_rate("polyak", self.polyak)
 
     def loss(self, batch: TokenBatch) -> dict[str, Tensor]:
         w, known = batch.value_weight, batch.value_weight != 0
