@@ -35,7 +35,7 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 demo: $(INSTALLED)
 	rm -rf demo
 	$(BIN)/python -m offline_lm.ingest path=datasets/shop store=demo/store
-	$(BIN)/python -m offline_lm.fit algo=iql_lm data.store=demo/store
+	$(BIN)/python -m offline_lm.fit algo=iql_lm data.store=demo/store model.stage.tokens=100_000 optim.steps=500
 	$(BIN)/python -m offline_lm.query analysis/decisive_steps.sql run=latest store=demo/store
 
 test: $(INSTALLED)
