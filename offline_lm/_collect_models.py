@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -61,14 +62,23 @@ def judge(run: str, store: str, device: torch.device) -> Judge:
     )
 
 
-def ranked(critic: Judge, *, epsilon: float, temperature: float) -> Chooser:
-    """The page's actions by softmax(Q / temperature); at 0 the greatest."""
+def ranked(critic: Judge, *, epsilon: float, temperature: float, repeats: bool) -> Chooser:
+    """The page's actions by softmax(Q / temperature); at 0 the greatest.
+
+    Without `repeats` only those that were not done on this very page before, while there are any: where Q errs by more
+    than going round in a circle costs, its greatest action does so for ever.
+    """
 
     def probabilities(states: Sequence[State]) -> list[tuple[Array, Sequence[float] | None]]:
         q = critic.values([s.asked(critic.context, s.actions) for s in states])
-        return [(greedy(each, temperature), each.tolist()) for each in q]
+        return [(chances(s, each), each.tolist()) for s, each in zip(states, q, strict=True)]
 
-    name = f"q-{critic.name}" + (f"-t{temperature:g}" if temperature else "")
+    def chances(state: State, q: Array) -> Array:
+        tried = set() if repeats else state.tried()
+        new = np.array([action not in tried for action in state.actions])
+        return greedy(np.where(new, q, -np.inf) if new.any() else q, temperature)
+
+    name = f"q-{critic.name}" + (f"-t{temperature:g}" if temperature else "") + ("" if repeats else "-once")
     return Chooser(name, probabilities, epsilon, "search", critic.model, temperature)
 
 

@@ -31,6 +31,7 @@ class Settings:
     candidates: str | None = None
     n: int = 1
     critic: str | None = None
+    repeats: bool = False
     max_tokens: int = 64
     page_chars: int = 16_000
     base_url: str | None = None
@@ -49,6 +50,8 @@ class Settings:
         for key in ("n", "max_tokens", "page_chars"):
             if type(value := getattr(self, key)) is not int or value < 1:
                 raise UserError(f"{key}={value}: a whole number from 1 is wanted")
+        if not isinstance(self.repeats, bool):
+            raise UserError(f"repeats={self.repeats}: true or false is wanted")
         if self.candidates not in (None, "page", "none"):
             raise UserError(f"candidates={self.candidates}: there are page and none")
 
@@ -106,7 +109,7 @@ def _among(cfg: Settings, folder: Path, holds: str) -> Policy:
     device = devices.device(cfg.device)
     if holds == "critic":
         critic = models.judge(str(folder), cfg.store, device)
-        return models.ranked(critic, epsilon=cfg.epsilon, temperature=cfg.temperature)
+        return models.ranked(critic, epsilon=cfg.epsilon, temperature=cfg.temperature, repeats=cfg.repeats)
     policy, model = models.actor(folder, device)
     return models.Actor(folder.name, policy, cfg.temperature, cfg.epsilon, model)
 

@@ -20,7 +20,7 @@ from offline_lm._collect_policies import named
 from offline_lm._collect_rollout import Batcher, Plan, Setting, play
 from offline_lm._collect_rollout import collect as collect_episodes
 from offline_lm.envs import sites
-from offline_lm.envs.policies import Chooser, State, uniform
+from offline_lm.envs.policies import Chooser, State, Turn, uniform
 from offline_lm.envs.protocol import Lost, Page, Transition
 from offline_lm.envs.written import Judge
 from offline_lm.store import Store
@@ -160,13 +160,41 @@ def test_reranking_by_a_critic(run, monkeypatch):
             "SELECT DISTINCT policy_id, policy_kind, model, sampling.temperature FROM episodes"
         ).fetchall()
         rows = db.execute("SELECT candidates, behavior_logprob FROM steps WHERE action IS NOT NULL").fetchall()
-    assert found == [("q-best", "search", "best@0", 0.0)]
+    assert found == [("q-best-once", "search", "best@0", 0.0)]
     for candidates, logprob in rows:
         best = max(candidates, key=lambda c: c["score"])
         assert (best["executed"], logprob) == (True, 0.0)
     q = named("run:best", epsilon=0.5, temperature=0.1, store="a", env="shop")
-    assert q.policy_id == "q-best-t0.1-eps0.5"
+    assert q.policy_id == "q-best-t0.1-once-eps0.5"
+    assert named("run:best", repeats=True, store="a", env="shop").policy_id == "q-best"
     assert q.sampling == {"over": "candidates", "epsilon": 0.5, "temperature": 0.1}
+
+
+def test_a_critic_that_goes_round_in_a_circle_is_led_out_of_it():
+    """What was done on a page that reads the same is not done again, while anything else is left."""
+    critic = Judge("best", "best@0", "actions", lambda states: [np.array([2.0, 1.0, 0.0])] * len(states))
+
+    def chances(turns, repeats=False):
+        state = State("Buy", "page", ("a", "b", "c"), np.random.default_rng(0), turns=tuple(turns))
+        chooser = models.ranked(critic, epsilon=0.0, temperature=0.0, repeats=repeats)
+        (choice,) = chooser.act([state])
+        assert [c.score for c in choice.candidates] == [2.0, 1.0, 0.0]
+        assert [c.logprob for c in choice.candidates if c.executed] == [choice.logprob] == [0.0]
+        return choice.action
+
+    assert chances([]) == "a"
+    assert chances([Turn("page", "a"), Turn("other page", "b")]) == "b"
+    assert chances([Turn("page", "a"), Turn("page", "b")]) == "c"
+    assert chances([Turn("page", action) for action in "abc"]) == "a"
+    assert chances([Turn("page", "a", url="http://elsewhere.test/")]) == "a"
+    assert chances([Turn("page", "a")], repeats=True) == "a"
+    # probabilities among what is left are those of its own softmax
+    warm = models.ranked(critic, epsilon=0.0, temperature=1.0, repeats=False)
+    state = State("Buy", "page", ("a", "b", "c"), np.random.default_rng(0), turns=(Turn("page", "a"),))
+    (choice,) = warm.act([state])
+    left = [c.logprob for c in choice.candidates]
+    assert left[0] is None
+    assert left[1:] == pytest.approx(np.log(np.exp([1.0, 0.0]) / np.exp([1.0, 0.0]).sum()).tolist())
 
 
 def test_what_a_mixture_draws_from_is_logged(run):
@@ -183,6 +211,7 @@ def test_what_a_mixture_draws_from_is_logged(run):
         (("env=nope",), "env=nope: there are miniwob, shop"),
         (("env=shop", "policy=best"), "policy=best: there are random, scripted, run:RUN"),
         (("env=shop", "policy=scripted", "epsilon=2"), "epsilon=2: a chance from 0 to 1"),
+        (("env=shop", "policy=random", "repeats=1"), "repeats=1: true or false is wanted"),
         (("env=shop", "policy=random", "n=4"), "policy=random writes none"),
         (("env=shop", "policy=scripted"), "its rules are for env=miniwob, not env=shop"),
         (("env=shop", "episodes=0"), "episodes=0: a whole number from 1"),

@@ -52,6 +52,10 @@ class State:
     turns: tuple[Turn, ...] = ()
     grammar: str = ""
 
+    def tried(self) -> set[str]:
+        """What was done before on a page that read as this one does: it led back here."""
+        return {turn.action for turn in self.turns if (turn.observation, turn.url) == (self.observation, self.url)}
+
     def asked(self, context: str, candidates: Sequence[str]) -> dict[str, Any]:
         """As a critic or an actor takes it that reads past actions (`context` is "actions") or whole turns."""
         past = self.history if context == "actions" else [
