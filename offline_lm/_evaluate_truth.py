@@ -24,7 +24,7 @@ from offline_lm.store import Store
 SUITES = tuple(sites.TASKS)
 _SHOWN = (
     *("kendall", "hit", "sign", "spearman_v", "rmse_v", "rmse_q"),
-    *("gap_recovered", "behaviour", "greedy", "optimum"),
+    *("gap_recovered", "gap_once", "behaviour", "greedy", "greedy_once", "optimum"),
 )
 
 

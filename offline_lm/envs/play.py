@@ -9,6 +9,8 @@ import numpy as np
 
 from offline_lm.envs.exact import TextMDP
 
+Array = np.ndarray
+
 Choose = Callable[[list[dict[str, Any]]], Sequence[int]]
 """A policy that reads: from states (goal, observation, history, candidates) the index of the action that each takes."""
 
@@ -41,5 +43,33 @@ def play_texts(task: TextMDP, choose: Choose, limit: int | None = None) -> float
                 total += here * float(o.reward[k])
                 if o.next[k] >= 0:
                     after.append((here, int(o.next[k]), task.page_after(page, k), [*past, task.actions[s][int(a)]]))
+        live = after
+    return total
+
+
+def play_once(task: TextMDP, q: Array, limit: int | None = None) -> float:
+    """Expected undiscounted return of the greedy policy of Q that does nothing twice on a page, exactly.
+
+    Of the actions that it has not yet done on a page that reads like this one it takes the best; of all, where none is
+    left. So `collect policy=run:RUN` acts by a critic.
+
+    Args:
+        q: [S, A]; what is no action is not looked at.
+    """
+    o, total = task.outcomes, 0.0
+    live = [(float(task.start[s]), int(s), frozenset[tuple[str, str]]()) for s in np.flatnonzero(task.start)]
+    for _ in range(task.limit if limit is None else limit):
+        after = []
+        for chance, s, done in live:
+            page, actions = task.pages[s], task.actions[s]
+            new = np.array([(page, action) not in done for action in actions])
+            own = q[s, : len(actions)]
+            a = int((np.where(new, own, -np.inf) if new.any() else own).argmax())
+            rows = task.rows(s, a)
+            for k in range(rows.start, rows.stop):
+                here = chance * float(o.chance[k])
+                total += here * float(o.reward[k])
+                if o.next[k] >= 0:
+                    after.append((here, int(o.next[k]), done | {(page, actions[a])}))
         live = after
     return total

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from offline_lm.envs.exact import TextMDP
-from offline_lm.envs.play import Choose, play_texts
+from offline_lm.envs.play import Choose, play_once, play_texts
 from offline_lm.ope.diagnostics import kendall, spearman
 from offline_lm.types import Estimand
 
@@ -39,7 +39,8 @@ def exact(
         sign: share of state-action pairs where Q - V has the sign of the true advantage of what they estimate, over
             pairs where that is not 0;
         behaviour, optimum, greedy: expected return within the step limit of the logs' policies, of the optimal one, and
-            of the greedy policy of Q over candidates; gap_recovered: (greedy - behaviour) / (optimum - behaviour).
+            of the greedy policy of Q over candidates; gap_recovered: (greedy - behaviour) / (optimum - behaviour);
+        greedy_once, gap_once: the same of the greedy policy that does nothing twice on a page (`envs.play.play_once`).
     """
     rows: list[dict[str, float]] = []
     pooled_v: list[Array] = []
@@ -57,6 +58,7 @@ def exact(
         pooled_v.append(v[seen])
         pooled_truth.append(v_true[seen])
         optimum = task.play(task.greedy(q_star))
+        greedy = play_texts(task, _best(critic)) if task.transcripts else task.play(task.greedy(q))
         advantage = q_true - v_true[:, None]
         right = (q > v[:, None]) == (advantage > 0)
         weight = np.broadcast_to(visits[:, None], q.shape)
@@ -71,12 +73,14 @@ def exact(
             "sign": float(np.average(right[decided], weights=weight[decided])),
             "behaviour": float(np.mean([task.play(p) for p in task.behaviours().values()])),
             "optimum": optimum,
-            "greedy": play_texts(task, _best(critic)) if task.transcripts else task.play(task.greedy(q)),
+            "greedy": greedy,
+            "greedy_once": greedy if task.transcripts else play_once(task, q),  # a transcript never reads the same
         })  # fmt: skip
     out = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     out |= {f"rmse_{of}": float(np.sqrt(out.pop(f"mse_{of}"))) for of in "vq"}
     out["spearman_v_pooled"] = spearman(np.concatenate(pooled_v), np.concatenate(pooled_truth))
-    out["gap_recovered"] = (out["greedy"] - out["behaviour"]) / (out["optimum"] - out["behaviour"])
+    for name, policy in (("gap_recovered", "greedy"), ("gap_once", "greedy_once")):
+        out[name] = (out[policy] - out["behaviour"]) / (out["optimum"] - out["behaviour"])
     return out
 
 

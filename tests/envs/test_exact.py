@@ -10,7 +10,7 @@ import pytest
 
 from offline_lm.envs import exact, office, shop
 from offline_lm.envs.exact import End, Go, Move, State, TextMDP, expectile
-from offline_lm.envs.play import play_texts
+from offline_lm.envs.play import play_once, play_texts
 from offline_lm.logs.jsonl import read
 from offline_lm.types import Episode
 
@@ -92,6 +92,22 @@ def test_chance_and_steps_that_earn_by_hand(toss):
     assert toss.play(policy) == pytest.approx(1.45 * -0.25 + 1.15 * 0.5)
     assert toss.play(policy, 1) == pytest.approx(0.6 * -0.25 + 0.4 * 0.5)
     assert play_texts(toss, lambda states: [0] * len(states)) == pytest.approx(toss.play(policy))
+
+
+def test_a_policy_that_does_nothing_twice_on_a_page_by_hand(corridor, toss):
+    q = np.array([[1, 0, np.nan], [0, 0.1, 0.3], [0, 1, np.nan]])
+    assert corridor.play(corridor.greedy(q)) == 0.0  # it stays for ever
+    assert play_once(corridor, q) == 0.2  # it stays, goes right and opens the window
+    assert play_once(corridor, q, 2) == 0.0
+    # where all has been done it does the best again: from a, toss, back, toss; from b, back, toss, out
+    back = np.array([[0, np.nan], [1, 0]])
+    assert play_once(toss, back) == pytest.approx(0.6 * (-0.25 + 0.75 * (0.5 - 0.25)) + 0.4 * (0.5 - 0.25))
+
+
+@both
+def test_the_best_policy_does_nothing_twice_anyway(site):
+    _, q = task(site).optimal(GAMMA)
+    assert play_once(task(site), q) == pytest.approx(task(site).play(task(site).greedy(q)))
 
 
 def test_what_is_recorded_of_chance(toss):

@@ -58,7 +58,8 @@ def test_a_perfect_critic_scores_one(tasks, tau):
     scores = exact(Oracle(tasks, tau=tau), tasks, gamma=GAMMA, **estimand(tau))
     for name in ("kendall", "hit", "spearman_v", "spearman_v_pooled", "gap_recovered"):
         assert scores[name] == pytest.approx(1.0), name
-    assert scores["greedy"] == pytest.approx(scores["optimum"]) == 1.0
+    assert scores["greedy"] == scores["greedy_once"] == pytest.approx(scores["optimum"]) == 1.0
+    assert scores["gap_once"] == pytest.approx(1.0)
     assert 0 < scores["behaviour"] < 0.6
 
 
