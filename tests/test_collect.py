@@ -172,7 +172,7 @@ def test_reranking_by_a_critic(run, monkeypatch):
 
 def test_a_critic_that_goes_round_in_a_circle_is_led_out_of_it():
     """What was done on a page that reads the same is not done again, while anything else is left."""
-    critic = Judge("best", "best@0", "actions", lambda states: [np.array([2.0, 1.0, 0.0])] * len(states))
+    critic = Judge("best", "best@0", "actions", lambda states: [np.array([2.0, 1.0, 0.0]) for _ in states])
 
     def chances(turns, repeats=False):
         state = State("Buy", "page", ("a", "b", "c"), np.random.default_rng(0), turns=tuple(turns))
