@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from offline_lm.batches.render import frame
 from offline_lm.batches.tokens import encode
 from offline_lm.envs import chat
-from offline_lm.envs.policies import Array, Choice, Chooser, State, draw, greedy, mix
+from offline_lm.envs.policies import Array, Choice, Chooser, State, draw, greedy, mix, untried
 from offline_lm.envs.written import Judge, Proposal, Sample
 from offline_lm.errors import UserError
 from offline_lm.models import backbone
@@ -65,18 +64,13 @@ def judge(run: str, store: str, device: torch.device) -> Judge:
 def ranked(critic: Judge, *, epsilon: float, temperature: float, repeats: bool) -> Chooser:
     """The page's actions by softmax(Q / temperature); at 0 the greatest.
 
-    Without `repeats` only those that were not done on this very page before, while there are any: where Q errs by more
-    than going round in a circle costs, its greatest action does so for ever.
+    Without `repeats` only those that were not done on this very page before, while there are any (`untried`).
     """
 
     def probabilities(states: Sequence[State]) -> list[tuple[Array, Sequence[float] | None]]:
         q = critic.values([s.asked(critic.context, s.actions) for s in states])
-        return [(chances(s, each), each.tolist()) for s, each in zip(states, q, strict=True)]
-
-    def chances(state: State, q: Array) -> Array:
-        tried = set() if repeats else state.tried()
-        new = np.array([action not in tried for action in state.actions])
-        return greedy(np.where(new, q, -np.inf) if new.any() else q, temperature)
+        open_to = q if repeats else [untried(each, s.actions, s.tried()) for s, each in zip(states, q, strict=True)]
+        return [(greedy(own, temperature), each.tolist()) for own, each in zip(open_to, q, strict=True)]
 
     name = f"q-{critic.name}" + (f"-t{temperature:g}" if temperature else "") + ("" if repeats else "-once")
     return Chooser(name, probabilities, epsilon, "search", critic.model, temperature)

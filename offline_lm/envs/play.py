@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from offline_lm.envs.exact import TextMDP
+from offline_lm.envs.policies import untried
 
 Array = np.ndarray
 
@@ -62,9 +63,8 @@ def play_once(task: TextMDP, q: Array, limit: int | None = None) -> float:
         after = []
         for chance, s, done in live:
             page, actions = task.pages[s], task.actions[s]
-            new = np.array([(page, action) not in done for action in actions])
-            own = q[s, : len(actions)]
-            a = int((np.where(new, own, -np.inf) if new.any() else own).argmax())
+            tried = {action for there, action in done if there == page}
+            a = int(untried(q[s, : len(actions)], actions, tried).argmax())
             rows = task.rows(s, a)
             for k in range(rows.start, rows.stop):
                 here = chance * float(o.chance[k])

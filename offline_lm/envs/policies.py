@@ -8,7 +8,7 @@ own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -164,6 +164,15 @@ def greedy(scores: Sequence[float] | Array, temperature: float) -> Array:
         return np.eye(len(q))[int(q.argmax())]
     e = np.exp((q - q.max()) / temperature)
     return e / e.sum()
+
+
+def untried(q: Array, actions: Sequence[str], tried: Collection[str]) -> Array:
+    """Q [N], -inf for what was tried on this very page; as it is where all was.
+
+    Where Q errs by more than going round in a circle costs, its greatest action does so for ever.
+    """
+    new = np.array([action not in tried for action in actions])
+    return np.where(new, q, -np.inf) if new.any() else q
 
 
 def draw(state: State, p: Array, scores: Sequence[float] | None = None) -> Choice:
